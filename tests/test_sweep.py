@@ -1,0 +1,237 @@
+"Sweeps in real processes: killed, interrupted, raced, nested, and through papermill's own command line"
+import json, os, random, signal, subprocess, sys, textwrap, time
+from pathlib import Path
+import psutil, pytest
+from flow2lab.core import Spec, UserError, hash_of
+from flow2lab.sweep import check_template, execute, sweep
+
+SWEEPER = '''
+import json, os, sys
+from flow2lab.core import Spec, hash_of
+from flow2lab import sweep as s
+class Tiny(Spec):
+    id = property(lambda self: hash_of(self.to_dict()))
+    name = property(lambda self: f'tiny-{self.seed}')
+if __name__=='__main__':
+    seeds, kw = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    rs = s.sweep([Tiny(seed=i) for i in seeds], 'demo', template='tiny.ipynb', **kw)
+    print(json.dumps([(r.spec.seed, r.status, r.message) for r in rs]))
+'''
+BEGIN = '''
+import json, os, time
+from flow2lab.core import atomic_dir, project_path
+spec = json.loads(spec_json); seed = spec['seed']
+def note(name):
+    with open(project_path(name), 'a') as f: f.write(f'{seed} ')
+note('began'); print('seed', seed, flush=True)
+'''
+RECORD = '''
+with atomic_dir(folder) as d:
+    name, _, id = os.path.basename(folder).rpartition('--')
+    (d/'spec.json').write_text(json.dumps(dict(spec, id=id, name=name)))
+    (d/'metrics.json').write_text(json.dumps(dict(id=id, name=name, status='ok', metrics={}, message='')))
+note('done')
+'''
+
+class Tiny(Spec):
+    "A Spec whose id needs no task and no model"
+    id = property(lambda self: hash_of(self.to_dict()))
+    name = property(lambda self: f'tiny-{self.seed}')
+
+class Lab:
+    "A project of its own, with notebooks, and sweeps in other processes"
+    def __init__(self, root):
+        self.root, self.procs = root, []
+        (root/'sweeper.py').write_text(SWEEPER)
+        self.env = {k: v for k,v in os.environ.items() if not k.startswith('FLOW2LAB')}
+        self.env.update(FLOW2LAB_ROOT=str(root), OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent.parent))
+    def notebook(self, name, *cells, params=None):
+        params = params or "spec_json = '{}'  # The Spec\nstudy = ''  # Its study\nfolder = ''  # Where the record goes"
+        code = lambda i, s: dict(cell_type='code', id=f'c{i}', metadata=dict(tags=[] if i else ['parameters']), source=textwrap.dedent(s).strip(),
+                                 outputs=[], execution_count=None)
+        nb = dict(cells=[code(i, s) for i,s in enumerate([params, *cells])], nbformat=4, nbformat_minor=5,
+                  metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')))
+        (self.root/name).write_text(json.dumps(nb)); return name
+    def template(self, middle='time.sleep(0.1)'): return self.notebook('tiny.ipynb', BEGIN, middle, RECORD)
+    def start(self, seeds, **kw):
+        p = subprocess.Popen([sys.executable, 'sweeper.py', json.dumps(list(seeds)), json.dumps(kw)], cwd=self.root, env=self.env, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        self.procs.append(p); return p
+    def run(self, seeds, **kw):
+        out, err = self.start(seeds, **kw).communicate(timeout=60)
+        assert out, err
+        return json.loads(out)
+    def here(self, seeds, **kw): return sweep([Tiny(seed=i) for i in seeds], 'demo', template='tiny.ipynb', **kw)
+    def noted(self, name): return sorted(map(int, (self.root/name).read_text().split())) if (self.root/name).exists() else []
+    def wait_for(self, name, n=1, seconds=30):
+        end = time.time()+seconds
+        while len(self.noted(name))<n:
+            assert time.time()<end, f'only {self.noted(name)} in {name}'
+            time.sleep(0.01)
+    def records(self): return sorted(int(f.parent.name.split('-')[1]) for f in self.root.glob('data/results/demo/*--*/metrics.json'))
+    def left(self): return sorted(p.name for p in self.root.glob('data/results/demo/.sweep/*')) + sorted(p.name for p in self.root.glob('data/results/demo/.*.tmp'))
+    def strays(self):
+        "Processes that still work for this lab"
+        out = []
+        for p in psutil.process_iter():
+            try: out += [p] if p.pid!=os.getpid() and p.environ().get('FLOW2LAB_ROOT')==str(self.root) else []
+            except (psutil.Error, OSError): pass
+        return out
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    lab = Lab(tmp_path.resolve()); monkeypatch.setenv('FLOW2LAB_ROOT', str(lab.root)); monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    yield lab
+    for p in lab.procs:
+        if p.poll() is None: p.kill()
+        p.communicate()
+
+def gone(lab, seconds=5):
+    "Wait until nothing works for the lab any more"
+    end = time.time()+seconds
+    while (s := lab.strays()):
+        assert time.time()<end, s
+        time.sleep(0.05)
+    return True
+
+def test_killed_sweeps_resume(lab):
+    "kill -9 at random moments: afterwards every run is recorded, none was finished twice, nobody is left working"
+    lab.template('time.sleep(0.05)'); random.seed(0)
+    for k in range(1, 4):
+        p = lab.start(range(8), jobs=2); lab.wait_for('done', 2*k-1); time.sleep(random.random()*0.15)
+        p.kill(); p.wait(); assert gone(lab)
+    rs = lab.run(range(8), jobs=2)
+    assert [r[1] for r in rs] == ['ok']*8
+    done = lab.noted('done')
+    assert lab.records() == list(range(8)) and len(done)==len(set(done)), done
+    assert lab.left() == []
+    for f in lab.root.glob('data/results/demo/*--*'): assert {'metrics.json', 'spec.json'} <= set(os.listdir(f))
+
+def test_killed_worker_is_repeated(lab):
+    "kill -9 of a run's process: it is tried again, and the others notice nothing"
+    lab.template("if seed==1 and len(open(project_path('began')).read().split('1 '))<=2: open(project_path('pid'), 'w').write(str(os.getpid())); time.sleep(30)")
+    p = lab.start([0, 1, 2], jobs=2)
+    while not (lab.root/'pid').exists() or not (lab.root/'pid').read_text(): time.sleep(0.01); assert p.poll() is None
+    os.kill(int((lab.root/'pid').read_text()), signal.SIGKILL)
+    out, err = p.communicate(timeout=60)
+    assert [r[1] for r in json.loads(out)] == ['ok']*3, out
+    assert lab.noted('began') == [0, 1, 1, 2] and lab.noted('done') == [0, 1, 2]
+
+def test_killed_warm_process_is_replaced(lab):
+    lab.template("time.sleep(30 if seed==0 and open(project_path('began')).read().split().count('0')==1 else 0)")
+    p = lab.start([0, 1]); lab.wait_for('began')
+    (server,) = [c for c in psutil.Process(p.pid).children() if '_serve' in ' '.join(c.cmdline())]
+    server.kill()
+    out, err = p.communicate(timeout=60)
+    assert [r[1] for r in json.loads(out)] == ['ok']*2, out
+    assert lab.noted('began') == [0, 0, 1] and gone(lab)
+
+def test_interrupt_says_how_to_resume(lab):
+    lab.template('time.sleep(0 if seed==0 else 30)')
+    p = lab.start([0, 1]); lab.wait_for('began', 2)
+    p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=20)
+    assert p.returncode!=0 and '1 of 2 runs of demo are recorded' in err, err
+    assert gone(lab) and lab.records() == [0] and lab.left() == []
+
+def test_two_sweeps_share_the_work(lab):
+    "Two sweeps of the same study at the same time: each run once, both report all"
+    lab.template('time.sleep(0.15)')
+    ps = [lab.start(seeds, jobs=2) for seeds in (range(6), reversed(range(6)))]
+    for p in ps: assert sorted(r[0] for r in json.loads(p.communicate(timeout=60)[0]) if r[1]=='ok') == list(range(6))
+    assert lab.noted('began') == list(range(6)) and lab.left() == []
+
+def test_failing_cell_and_timeout(lab, capsys):
+    "A failing run is tried again and recorded as failed, with its executed notebook; a hanging one is killed once; the sweep goes on"
+    lab.template('if seed==1: print("x"); {}["no such key"]\nif seed==2: time.sleep(60)')
+    ok, bad, hung = lab.here([0, 1, 2], jobs=3, timeout=2)
+    assert (ok.status, bad.status, hung.status) == ('ok', 'failed', 'failed')
+    assert 'no such key' in bad.message and 'longer than 2 s' in hung.message and '2 failed' in capsys.readouterr().err
+    assert lab.noted('began') == [0, 1, 1, 2]
+    assert json.loads((bad.folder/'metrics.json').read_text())['status']=='failed'
+    nb = (bad.folder/'notebook.ipynb').read_text()
+    assert 'KeyError' in nb and 'seed 1' in nb and str(lab.root) not in nb
+    lab.here([0, 1], retry=0)
+    assert lab.noted('began') == [0, 1, 1, 1, 2]                                 # only what failed
+
+def test_memory_error_is_a_result(lab):
+    lab.template('if seed==1: raise MemoryError("too large")')
+    for _ in range(2): assert [r.status for r in lab.here([0, 1])] == ['ok', 'oom']
+    assert lab.noted('began') == [0, 1]
+
+def test_failure_replaces_no_result(lab):
+    lab.template('if (project_path("break")).exists(): 1/0')
+    (r,) = lab.here([0]); before = (r.folder/'notebook.ipynb').read_bytes()
+    (lab.root/'break').touch()
+    assert lab.here([0], force=True, retry=0)[0].status=='failed'
+    assert (r.folder/'notebook.ipynb').read_bytes()==before and lab.here([0])[0].status=='ok' and lab.left()==[]
+
+STUDY = '''
+import sys, os; sys.path.insert(0, project)
+from sweeper import Tiny, s
+rs = s.sweep([Tiny(seed=i) for i in range(3)], 'demo', template='tiny.ipynb', jobs=2)
+print(rs, 'parent', os.getppid())'''
+
+def test_study_that_sweeps(lab, capsys):
+    "A study notebook, executed in a fork of the warm process, sweeps from inside; the runs come from the same warm process"
+    lab.template('print("parent", os.getppid())')
+    lab.notebook('study.ipynb', STUDY, params="project = ''  # Where sweeper.py is")
+    execute('study.ipynb', 'out/study.ipynb', dict(project=str(lab.root)), show=True)
+    assert lab.records() == [0, 1, 2] and '3 runs, 0 were there, 3 done now' in capsys.readouterr().err
+    text = (lab.root/'out/study.ipynb').read_text()
+    (parent,) = {json.loads(f.read_text())['cells'][3]['outputs'][0]['text'][0] for f in lab.root.glob('data/results/demo/*/notebook.ipynb')}
+    assert 'tiny-2: ok' in text and parent.strip() in text and str(lab.root) not in text
+
+def test_killed_study_leaves_nobody(lab):
+    lab.template('time.sleep(30)')
+    lab.notebook('study.ipynb', STUDY, params="project = ''")
+    code = f"from flow2lab.sweep import execute; execute('study.ipynb', 'out/study.ipynb', dict(project={str(lab.root)!r}))"
+    p = subprocess.Popen([sys.executable, '-c', code], cwd=lab.root, env=lab.env); lab.procs.append(p)
+    lab.wait_for('began', 2); p.kill(); p.wait()
+    assert gone(lab) and lab.records() == []
+
+def test_fresh_processes_where_forks_are_unsafe(lab):
+    "FLOW2LAB_FORK=0, and macOS: every run in a fresh interpreter, same results"
+    lab.template('print("ok")'); lab.env['FLOW2LAB_FORK'] = '0'
+    assert [r[1] for r in lab.run([0, 1], jobs=2)] == ['ok', 'ok'] and gone(lab)
+
+def test_torch_works_in_every_fork(lab, monkeypatch):
+    "The warm process has imported torch and never computed: several runs with two threads each finish, with equal numbers"
+    lab.notebook('tiny.ipynb', BEGIN, '''
+        import torch, numpy as np
+        x = torch.randn(300, 300); y = torch.linalg.solve(x, x@x)
+        print(torch.get_num_threads(), float((y-x).abs().max())<1e-1, float(x.sum()), np.isfinite(np.ones((200, 200))@np.ones((200, 200))).all())''', RECORD)
+    monkeypatch.setattr('flow2lab.sweep.cores', lambda: 4)
+    rs = sweep([Tiny(seed=3, eval=dict(x=i)) for i in range(3)], 'demo', jobs=2, template='tiny.ipynb', timeout=40)
+    assert [r.status for r in rs] == ['ok']*3, rs
+    (out,) = {''.join(json.loads((r.folder/'notebook.ipynb').read_text())['cells'][3]['outputs'][0]['text']) for r in rs}
+    assert out.startswith('2 True') and 'True' in out[6:]
+
+def test_papermill(lab):
+    "Stock papermill with our engine, from its command line; a parameter name that is code is refused before it runs"
+    lab.notebook('hi.ipynb', 'print("n is", n); n+1', params='n = 1  # A number')
+    pm = [sys.executable, '-m', 'papermill', '--engine', 'flow2lab', '--no-progress-bar', 'hi.ipynb', 'out.ipynb', '-p', 'n', '3']
+    r = subprocess.run(pm, cwd=lab.root, env=lab.env, capture_output=True, text=True, timeout=60)
+    assert r.returncode==0 and 'n is 3' in (lab.root/'out.ipynb').read_text(), r.stderr
+    import papermill
+    for name, says in (('n=1;open("owned", "w")#', 'would be run as code'), ('m', 'unknown parameter "m"')):
+        with pytest.raises(UserError, match=says):
+            papermill.execute_notebook(str(lab.root/'hi.ipynb'), str(lab.root/'no.ipynb'), {name: 3}, engine_name='flow2lab', progress_bar=False, cwd=str(lab.root))
+    assert not (lab.root/'owned').exists()
+
+@pytest.mark.parametrize('source, message', [
+    ('spec_json = ""\nstudy = ""', 'unknown parameter "folder"'), ('spec_json, study = "", ""\nfolder = ""', 'line 1'),
+    ('spec_json = study = ""\nfolder = ""', 'line 1'), ('spec_json = ""; study = ""\nfolder = ""', 'line 1'), ('import os\nfolder = ""', 'line 1'),
+    ('spec_json = ', 'invalid syntax'), (None, 'no cells are tagged')])
+def test_templates_refused(lab, source, message):
+    lab.notebook('t.ipynb', 'pass', params=source or 'x = 1')
+    if source is None: (lab.root/'t.ipynb').write_text((lab.root/'t.ipynb').read_text().replace('"parameters"', ''))
+    with pytest.raises(UserError, match=message): check_template('t.ipynb', ('spec_json', 'study', 'folder'))
+
+def test_outputs_stay_in_the_project(lab, tmp_path_factory):
+    outside = tmp_path_factory.mktemp('outside'); (lab.root/'link').symlink_to(outside)
+    lab.notebook('hi.ipynb', '1', params='n = 1'); lab.template()
+    for out in ('link/x.ipynb', '../x.ipynb', str(outside/'x.ipynb')):
+        with pytest.raises(UserError, match='leads out of the project'): execute('hi.ipynb', out)
+    for study in ('../../link', 'x/../../../nbs', ''):
+        with pytest.raises(UserError): sweep([], study, template='tiny.ipynb')
+    assert not list(outside.iterdir())
