@@ -8,7 +8,7 @@ Docs: https://flow2lab.github.io/flow2lab/core.html.md"""
 __all__ = ['task', 'arch', 'method', 'quantizer', 'backend', 'TRAIN', 'BENCH', 'SCHEMA', 'packaged', 'UserError', 'nearest',
            'check_names', 'project_root', 'setting', 'project_path', 'results_path', 'relative', 'find_data',
            'fsync_dir', 'atomic_write', 'atomic_dir', 'to_json', 'hash_of', 'fingerprint', 'Axis', 'Spec', 'bound_args',
-           'base_folder', 'weights_file', 'versions', 'git_commit', 'cpu_name', 'hardware', 'provenance']
+           'base_folder', 'weights_file', 'output_path', 'versions', 'git_commit', 'cpu_name', 'hardware', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4d2c74b4
 import configparser, contextlib, difflib, hashlib, importlib.util, inspect, io, json, logging, os, platform, shutil, subprocess, sys, tempfile, time
@@ -314,6 +314,11 @@ def __repr__(self:Spec):
     d = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in ('', {}, 'hf', 'auto')}
     d['train'] = {k: v for k,v in self.train.items() if v!=TRAIN[k]}
     return 'Spec(' + ', '.join(f'{k}={dict(v) if isinstance(v, dict) else v!r}' for k,v in d.items() if v!={}) + ')'
+
+# %% ../nbs/00_core.ipynb #8cdda08d
+def output_path(spec):
+    "Where the weights that `spec` trains are kept"
+    return project_path(setting('outputs'), f'{spec.name}--{spec.id}')
 
 # %% ../nbs/00_core.ipynb #d4b86392
 _packages = 'flow2lab torch transformers peft accelerate bitsandbytes torchao datasets tokenizers numpy pandas papermill nbdev trl'.split()

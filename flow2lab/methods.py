@@ -8,8 +8,9 @@ Docs: https://flow2lab.github.io/flow2lab/methods.html.md"""
 __all__ = ['ROLES', 'bare', 'linear_layers', 'adapted_layers', 'target_names', 'target_layers', 'tensor_hash', 'stored',
            'CertificateError', 'snapshot', 'measured_rank', 'low_rank', 'scaled', 'magnitudes_moved', 'shared_frozen',
            'residual_changed', 'per_layer', 'full', 'lora', 'rslora', 'dora', 'pissa', 'vera', 'adalora', 'ia3', 'loha',
-           'divisors', 'lokr', 'oft', 'prompt_tuning', 'repacked', 'hold', 'is_quantized', 'seeded', 'weights_print',
-           'method_args', 'attach', 'certify', 'tokenizer_hash', 'adapter_card', 'save_adapter', 'load_adapter']
+           'divisors', 'lokr', 'oft', 'prompt_tuning', 'repacked', 'hold', 'low_bit', 'is_quantized', 'seeded',
+           'weights_print', 'method_args', 'attach', 'certify', 'tokenizer_hash', 'adapter_card', 'save_adapter',
+           'load_adapter']
 
 # %% ../nbs/30_methods.ipynb #66a8601a
 import contextlib, hashlib, json, math
@@ -268,22 +269,28 @@ def prompt_tuning(tokens:int=16):   # Length of the learned prompt
     from peft import PromptTuningConfig
     return PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init='SAMPLE_VOCAB', task_type='CAUSAL_LM')
 
-# %% ../nbs/30_methods.ipynb #8af8079e
+# %% ../nbs/30_methods.ipynb #1bba13ad
 def repacked(model):
     "Names of the 4-bit layers that bitsandbytes has repacked for the CPU"
     return [n for n,p in model.named_parameters() if getattr(getattr(p, 'quant_state', None), 'packing_format_for_cpu', False)]
 
 def hold(model, held=True):
     "Forbid (or allow) bitsandbytes to repack 4-bit layers for fast inference on the CPU, which cannot be undone"
+    fits = lambda m: m.out_features%32==0 and m.in_features%64==0     # its packing fails on other shapes
     for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = not held and _fast_cpu()
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = not held and fits(m) and _fast_cpu()
     return model
 
 def _fast_cpu():
     from bitsandbytes.functional import has_avx512bf16
     return has_avx512bf16()
 
-def is_quantized(model): return bool(getattr(bare(model), 'is_quantized', False) or getattr(bare(model), 'quantized_by', ''))
+def low_bit(m):
+    "Whether linear layer `m` holds its weight in fewer bits: bitsandbytes, torchao, or torch's dynamic int8"
+    w = m.weight() if callable(m.weight) else m.weight
+    return w.is_quantized or hasattr(w, '__tensor_flatten__') or type(w).__name__ in ('Params4bit', 'Int8Params')
+
+def is_quantized(model): return any(low_bit(getattr(m, 'base_layer', m)) for _,_,m in _walk(bare(model)))
 
 @contextlib.contextmanager
 def seeded(seed):

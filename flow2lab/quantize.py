@@ -7,16 +7,17 @@ Docs: https://flow2lab.github.io/flow2lab/quantize.html.md"""
 # %% auto #0
 __all__ = ['QuantMethod', 'QuantizationSpec', 'parse_tag', 'quant_spec', 'tag_quant', 'quantized_layers', 'nf4', 'fp4', 'int8',
            'torchao_int8', 'dynamic_int8', 'held_tensors', 'size_in_memory', 'size_on_disk', 'why_not',
-           'check_combination', 'dense_weight', 'dense']
+           'check_combination', 'dense_weight', 'dense', 'merge', 'load_base', 'trained_weights', 'tokenizer_of',
+           'start', 'pack', 'apply', 'save_quantized', 'load_quantized']
 
-# %% ../nbs/40_quantize.ipynb #bdf969c4
+# %% ../nbs/40_quantize.ipynb #8e22c9b1
 import contextlib, copy, json, logging, os, re, tempfile, warnings
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import Spec, UserError, atomic_dir, bound_args, check_names, method, quantizer, to_json
-from .methods import adapted_layers, bare, hold, is_quantized, linear_layers, repacked, target_layers
+from .core import Spec, UserError, atomic_dir, bound_args, check_names, method, output_path, quantizer, relative, to_json
+from .methods import CertificateError, adapted_layers, bare, hold, is_quantized, linear_layers, load_adapter, low_bit, repacked
 
 # %% ../nbs/40_quantize.ipynb #1931fe7f
 class QuantMethod(str, Enum):
@@ -52,7 +53,7 @@ _usual = {'NF4': QuantizationSpec(QuantMethod.BNB4BIT, format='nf4', **_4bit), '
 
 def _usual_of(name, bits): return _usual[f'QLORA{bits}' if name=='QLORA' else name]
 
-# %% ../nbs/40_quantize.ipynb #02923212
+# %% ../nbs/40_quantize.ipynb #7c2796cd
 def _tag(q):
     name = q.format.upper() if q.method is QuantMethod.BNB4BIT else q.method.value
     u = _usual_of(name, q.weights)
@@ -80,7 +81,7 @@ def quant_spec(name, args):
 
 def tag_quant(spec):
     "The tag of a QuantizationSpec, or of all that a Spec quantizes: before training (QLORA_...), after it, both, or NoQuant"
-    if isinstance(spec, QuantizationSpec):
+    if not hasattr(spec, 'base_quant'):
         if spec.method is QuantMethod.NoQuant: return 'NoQuant'
         return _tag(spec) + (f'+{tag_quant(spec.then)}' if spec.then else '')
     before, after = quant_spec(spec.base_quant, spec.base_quant_args), quant_spec(spec.quant, spec.quant_args)
@@ -88,7 +89,7 @@ def tag_quant(spec):
     if spec.task: before = replace(before, method=QuantMethod.QLORA)
     return tag_quant(replace(before, then=after if spec.quant else None))
 
-# %% ../nbs/40_quantize.ipynb #0d424f7a
+# %% ../nbs/40_quantize.ipynb #f59e01b0
 def _plain(model):
     if hasattr(model, 'peft_config'): raise UserError('quantize: the model carries an adapter. Merge it first: merge(model).')
     if is_quantized(model): raise UserError('quantize: the model is quantized already. Start from its base, or from merge(model).')
@@ -103,7 +104,8 @@ def _source(model, dtype):
         if not (preset(model) and not base_folder(model)) and not locate(model)[1]: yield str(model), 'auto'; return
         model = load_model(model, dtype=dtype)                              # a preset or a GGUF file
     with tempfile.TemporaryDirectory() as d:
-        _plain(model).save_pretrained(d); yield d, model.device.type
+        model = _plain(model); gguf = getattr(model, 'hf_quantizer', None) is not None          # from_pretrained marks it as not to be saved
+        (dense(model) if gguf else model).save_pretrained(d); yield d, model.device.type
 
 @contextlib.contextmanager
 def _quiet():
@@ -121,14 +123,11 @@ def _by_config(model, name, args, config):
     with _quiet(), _source(model, args['head']) as (where, device):
         return _checked(load_model(where, dtype=args['head'], device=device, quantization_config=config), name, args)
 
-# %% ../nbs/40_quantize.ipynb #0398fd0d
+# %% ../nbs/40_quantize.ipynb #3b31a984
 def quantized_layers(model):
     "Names of the linear layers whose weights are held in fewer bits"
-    def held(m):
-        w = m.weight() if callable(m.weight) else m.weight              # torch's dynamic layers unpack theirs
-        return w.is_quantized or hasattr(w, '__tensor_flatten__') or type(w).__name__ in ('Params4bit', 'Int8Params')
     mods = dict(bare(model).named_modules())
-    return [n for n in linear_layers(model) if held(b if (b := getattr(mods[n], 'base_layer', None)) is not None else mods[n])]
+    return [n for n in linear_layers(model) if low_bit(getattr(mods[n], 'base_layer', mods[n]))]
 
 def _checked(model, name, args):
     "`model`, marked as quantized by `name`; raises when a linear layer was missed or the head was touched"
@@ -252,7 +251,7 @@ def check_combination(spec):
     if spec.quant and spec.task and not getattr(method[spec.method], 'merges', True):
         raise UserError(f'quant={spec.quant} with method={spec.method}: its parameters cannot be merged into weights; use base_quant')
 
-# %% ../nbs/40_quantize.ipynb #47c35a35
+# %% ../nbs/40_quantize.ipynb #998b0091
 def dense_weight(m):
     "The fp32 weight of a linear layer, dequantized where needed, in the orientation of the class it came from"
     w = m.weight() if callable(m.weight) else m.weight
@@ -260,22 +259,134 @@ def dense_weight(m):
         from bitsandbytes.functional import dequantize_4bit
         d = dequantize_4bit(w.data, w.quant_state)
     elif type(w).__name__=='Int8Params': d = w.data.float()*(w.SCB if w.SCB is not None else m.state.SCB).view(-1, 1)/127
-    else: d = w.dequantize() if w.is_quantized or hasattr(w, '__tensor_flatten__') else w.detach()
+    else: d = w.dequantize() if low_bit(m) else w.detach()
     return (d.T if getattr(m, 'source_cls', type(m)).__name__=='Conv1D' and type(m).__name__!='Conv1D' else d).float()
+
+def _empty_like(m):
+    "A model of `m`'s configuration without quantization, fp32, its parameters not yet set"
+    import torch, transformers
+    from transformers.initialization import no_init_weights
+    cfg = copy.deepcopy(m.config)
+    if hasattr(cfg, 'quantization_config'): del cfg.quantization_config
+    cls = getattr(transformers, cfg.architectures[0]) if cfg.architectures else type(m)
+    with no_init_weights(), torch.device(m.device): return cls._from_config(cfg, dtype=torch.float32)
 
 def dense(model):
     "A fresh fp32 copy of the base of `model`: adapters left out, quantized layers dequantized"
-    import torch
-    from transformers.initialization import no_init_weights
     if (bad := repacked(model)): raise UserError(f'{bad[0]}: repacked by bitsandbytes for the CPU, its weights are gone. Load it afresh.')
-    m = bare(model); cfg = copy.deepcopy(m.config)
-    if hasattr(cfg, 'quantization_config'): del cfg.quantization_config
-    cls = getattr(__import__('transformers'), cfg.architectures[0]) if cfg.architectures else type(m)
-    with no_init_weights(), torch.device(m.device): new = cls._from_config(cfg, dtype=torch.float32)
-    lin, mods = linear_layers(m), dict(m.named_modules())
-    sd = {f'{n}.weight': dense_weight(getattr(mods[n], 'base_layer', mods[n])) for n in lin}
+    m = bare(model); new, mods = _empty_like(m), dict(m.named_modules())
+    sd = {f'{n}.weight': dense_weight(getattr(mods[n], 'base_layer', mods[n])) for n in linear_layers(m)}
+    wanted = set(new.state_dict()) - set(sd)
     for n,p in m.state_dict().items():
-        n = n.replace('.base_layer', '')
-        if n in new.state_dict() and n not in sd: sd[n] = p.float()
+        if (n := n.replace('.base_layer', '')) in wanted: sd[n] = p.float()
     new.load_state_dict(sd); new.tie_weights()
     return new.eval()
+
+# %% ../nbs/40_quantize.ipynb #76dc63a4
+def _rel(a, b): return ((a-b).norm()/b.norm()).item()
+
+def _probe(model):
+    "Logits of `model` for 16 tokens that are the same each time"
+    import torch
+    m = bare(model); ids = torch.randint(0, m.config.get_text_config().vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(m.device)
+    was = model.training; model.eval()
+    with torch.no_grad(): out = model(input_ids=ids).logits.float()
+    model.train(was)
+    return out
+
+def _same_adapter(was, now, layers, copies):
+    "Raise unless the copied adapter has equal tensors and equal scales"
+    import torch
+    for k,v in was.items():
+        if k not in now or not torch.equal(v.cpu().float(), now[k].cpu().float()): raise CertificateError(f'merge: {k} was lost on the way')
+    for n,l in layers.items():
+        if getattr(l, 'scaling', None)!=getattr(copies[n], 'scaling', None): raise CertificateError(f'merge: {n} has another scale than in training')
+
+def merge(model,             # With an adapter, on any base; or quantized, to be dequantized
+          dtype='fp32',      # Of the result
+          exact=1e-5,        # Allowed relative error of the merge itself, in fp32
+          like=0.25):        # Allowed relative difference from `model`, which may compute in bf16 or int8
+    "A fresh model that computes what `model` does, without adapter and quantization. Raises `CertificateError` when it doesn't"
+    import torch
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from flow2lab.models import pick_dtype
+    if not hasattr(model, 'peft_config'): return dense(model).to(pick_dtype(dtype))
+    cfg = copy.deepcopy(model.peft_config['default'])
+    if cfg.is_prompt_learning: raise UserError('merge: a learned prompt cannot be merged into weights; keep the adapter')
+    if hasattr(cfg, 'init_lora_weights'): cfg.init_lora_weights = True              # PiSSA's residual is in the base already
+    beside = get_peft_model(dense(model), cfg)
+    state = get_peft_model_state_dict(model); set_peft_model_state_dict(beside, state)
+    _same_adapter(state, get_peft_model_state_dict(beside), adapted_layers(model), adapted_layers(beside))
+    want = _probe(beside.eval())
+    if (e := _rel(want, _probe(model))) > like: raise CertificateError(f'merge: the adapter on the dequantized base differs by {e:.2g} from the model')
+    merged = beside.merge_and_unload(safe_merge=True)
+    if (e := _rel(_probe(merged), want)) > exact: raise CertificateError(f'merge: relative error {e:.2g} in fp32, {exact:.0e} allowed')
+    return merged.to(pick_dtype(dtype)).eval()
+
+# %% ../nbs/40_quantize.ipynb #ce4ddae0
+def load_base(spec,          # Says base, base_quant and base_quant_args
+              base=None,     # To load instead of spec.base, e.g. the folder of the run that spec.base names
+              **kw):         # To load_model, when nothing is quantized
+    "The model that `spec` starts from, quantized if it says so. Raises `UserError` for a combination that cannot train"
+    from flow2lab.models import load_model
+    check_combination(spec)
+    base = spec.base if base is None else base
+    return quantizer[spec.base_quant](base, None, **spec.base_quant_args) if spec.base_quant else load_model(base, **kw)
+
+def trained_weights(spec):
+    "The folder that the run of `spec` left its weights in; `UserError` when it is not there"
+    out = output_path(spec)
+    for p in (out/'adapter', out/'last'):
+        if p.exists(): return p
+    raise UserError(f'{spec.name}: its trained weights are not in {relative(out)}. Run it again with --force.')
+
+def tokenizer_of(spec):
+    "The tokenizer of the base that `spec` goes back to"
+    from flow2lab.models import load_tokenizer
+    return tokenizer_of(spec.base) if isinstance(spec.base, Spec) else load_tokenizer(spec.base)
+
+def start(spec):
+    "The model that `spec` starts from: a base by name, or what the run of another Spec trained, merged"
+    if not isinstance(spec.base, Spec): return load_base(spec, dtype=spec.dtype)
+    folder = trained_weights(spec.base)
+    if folder.name=='last': return load_base(spec, base=str(folder), **({} if spec.base_quant else dict(dtype=spec.dtype)))
+    with _quiet(): model = merge(load_adapter(start(spec.base.but(quant='')), folder), dtype='fp32' if spec.quant or spec.base_quant or spec.dtype=='auto' else spec.dtype)
+    return quantizer[spec.base_quant](model, None, **spec.base_quant_args) if spec.base_quant else model
+
+def pack(model):
+    "Let bitsandbytes repack 4-bit layers for the CPU; no training, merging or saving after that"
+    if bare(model).device.type=='cpu' and any(hasattr(m, 'support_avx512bf16_for_cpu') for m in model.modules()):
+        model.disk_bytes = size_on_disk(model); hold(model, False)
+    return model
+
+def apply(model, spec):
+    "The trained `model` as `spec.quant` wants it, ready to evaluate: merged in fp32 where needed, then quantized by a fresh load"
+    check_combination(spec)
+    if spec.quant:
+        if hasattr(model, 'peft_config') or is_quantized(model): model = merge(model)
+        model = quantizer[spec.quant](model, None, **spec.quant_args)
+    return pack(model.eval())
+
+# %% ../nbs/40_quantize.ipynb #7a1f80ec
+def save_quantized(model, folder, tok=None):
+    "Write a quantized `model` (and tokenizer) to `folder`, whole or not at all, with its tag in flow2lab.json"
+    q = getattr(model, 'quantized_by', '')
+    if hasattr(model, 'peft_config'): raise UserError('save_quantized: carries an adapter. Use save_adapter, or merge and quantize again.')
+    if not q: raise UserError('save_quantized: not quantized by flow2lab; use model.save_pretrained(folder).')
+    if not quantizer[q].saves: raise UserError(f'save_quantized: {q} has no safe file format. Save the model before it and quantize after loading.')
+    if repacked(model): raise UserError('save_quantized: repacked by bitsandbytes for the CPU. Save it before the first use, or quantize afresh.')
+    with _quiet(), atomic_dir(folder) as d:
+        model.save_pretrained(d)
+        if tok is not None: tok.save_pretrained(d)
+        (d/'flow2lab.json').write_text(to_json(dict(quantizer=q, tag=model.quantization.tag), indent=1)+'\n', encoding='utf-8')
+    return Path(folder)
+
+def load_quantized(folder, device='auto'):
+    "The model that `save_quantized` wrote"
+    from flow2lab.models import load_model
+    f = Path(folder)/'flow2lab.json'
+    if not f.is_file(): raise UserError(f'{Path(folder).name}: no flow2lab.json. A quantized folder is what `save_quantized` wrote.')
+    info = json.loads(f.read_text(encoding='utf-8')); spec = parse_tag(info['tag'])
+    with _quiet(): model = hold(load_model(folder, dtype=spec.head, device=device))
+    model.quantized_by, model.quantization = info['quantizer'], spec
+    return model

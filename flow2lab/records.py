@@ -402,7 +402,7 @@ def _foreign(file, format, n, named):
     else: rows = dict(peft=_peft).get(kind, _lm_eval)(content, file, n)
     return [dict(r, id=hash_of([str(file), r['name']]), variant=hash_of(r['name']), folder=str(file), message=r.get('message', '')) for r in rows]
 
-# %% ../nbs/60_records.ipynb #3b1fa198
+# %% ../nbs/60_records.ipynb #f79a0d8e
 def load_any(path,           # A file, a folder or a study, or several
              format='auto',  # auto, flow2lab, peft or lm-eval
              metric=None,    # Keep this metric only (and what training and evaluation cost)
@@ -422,7 +422,8 @@ def load_any(path,           # A file, a folder or a study, or several
     if rows or not dfs: dfs.append(_frame(_fill_n(rows)))
     df = dfs[0] if len(dfs)==1 else _frame([r for x in dfs for r in _unframe(x)])
     if metric is None: return df
-    keep = find_metric(df, metric)[0]
+    keep, note = find_metric(df, metric)
+    if note: warnings.warn(note, stacklevel=2)
     return df.drop(columns=[c for c in metric_names(df) if c!=keep and c.split('/')[0] not in ('train','eval','bench')])
 
 def _unframe(df):

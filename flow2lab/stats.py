@@ -8,10 +8,10 @@ Docs: https://flow2lab.github.io/flow2lab/stats.html.md"""
 __all__ = ['Z', 'MEMORY', 'TIME', 'z_value', 'wilson', 'half_width', 'min_detectable', 'beta_inc', 't_tails', 't_quantile',
            'pool_seeds', 'Field', 'mean_ci', 'bootstrap_ci', 'paired_diff', 'mcnemar', 'permutation_test', 'Totals',
            'unpaired_diff', 'holm', 'beats', 'rank_ranges', 'pareto', 'simulate_scores', 'fmt', 'fmt_diff',
-           'text_table', 'Comparison', 'compare', 'hash_name', 'simulate_study', 'metric_of', 'best_by']
+           'text_table', 'Comparison', 'compare', 'simulate_study', 'best_by']
 
-# %% ../nbs/61_stats.ipynb #f1cd10b9
-import json, math, os, warnings
+# %% ../nbs/61_stats.ipynb #c02606ed
+import json, math, os, re, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -50,7 +50,7 @@ def min_detectable(n,              # Items
     items = discordant/n if paired else 2*p*(1-p)/n
     return (z_value(alpha) + NormalDist().inv_cdf(power))*math.sqrt(items + 2*seed_sd**2/seeds)
 
-# %% ../nbs/61_stats.ipynb #871ec344
+# %% ../nbs/61_stats.ipynb #820bb8e4
 _lgamma = np.vectorize(math.lgamma, otypes=[float])
 
 def beta_inc(a, b, x):
@@ -81,10 +81,10 @@ def t_quantile(alpha, df):
     return np.exp(hi)
 
 @lru_cache(None)
-def _t(alpha, df): return float(t_quantile(alpha, df))
+def _t(alpha, df): return z_value(alpha) if math.isinf(df) else float(t_quantile(alpha, df))
 _grid = np.concatenate([np.linspace(1, .01, 100), np.geomspace(.009, 1e-12, 100)])
 @lru_cache(None)
-def _t_grid(df): return t_quantile(_grid, df)
+def _t_grid(df): return np.array([_t(a, df) for a in _grid]) if math.isinf(df) else t_quantile(_grid, df)
 
 # %% ../nbs/61_stats.ipynb #cb765726
 def pool_seeds(s2,   # (K,) variance of the seeds' means; anything where df is 0
@@ -295,10 +295,10 @@ def holm(p):
     out[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)), 1)
     return out
 
-# %% ../nbs/61_stats.ipynb #a218f1c7
+# %% ../nbs/61_stats.ipynb #a6488d2a
 def _standard(f, block=1024):
     "(t, w): every difference in standard errors and its part due to seeds (None if there is none), row block by row block"
-    t, w = np.empty((f.K, f.K), np.float32), None if not f.seeded else np.empty((f.K, f.K), np.float32)
+    t, w = np.zeros((f.K, f.K), np.float32), np.zeros((f.K, f.K), np.float32) if f.seeded else None
     for i in range(0, f.K, block):
         r = slice(i, i+block); d, v, part, _ = f.pairs(r)
         np.divide(d, np.sqrt(v, out=v), out=t[r], where=v>0, casting='same_kind')
@@ -338,19 +338,19 @@ def pareto(quality,         # (K,) more is better; nan is never on the front
         if ok[i] and not ((front<=x[i]).all(1) & (front<x[i]).any(1)).any(): out[i] = True; front = np.vstack([front, x[i]])
     return out
 
-# %% ../nbs/61_stats.ipynb #2b474cbd
+# %% ../nbs/61_stats.ipynb #bd3bc5c9
 def simulate_scores(rng,
                     ability=(0.3, 0.3),  # (K,) of each method, in standard deviations of the latent score
                     S=3, n=200,          # Seeds and items
-                    seed_sd=.1,          # Luck of the seeds; .1 moves the score by some 3 points
+                    seed_sd=.1,          # Luck of the seeds, one or (K,); .1 moves the score by some 3 points; 0 for what is not trained
                     item_sd=1., suit_sd=.5, rest_sd=.5):
     "Simulated scores (K, S, n) of 0 and 1, and the true score of each method"
-    mu, K = np.asarray(ability, float), len(ability)
-    y = mu[:,None,None] + item_sd*rng.normal(size=n) + suit_sd*rng.normal(size=(K,1,n)) + seed_sd*rng.normal(size=(K,S,1)) + rest_sd*rng.normal(size=(K,S,n))
-    sd = math.sqrt(item_sd**2 + suit_sd**2 + seed_sd**2 + rest_sd**2)
-    return (y>0).astype(float), np.array([NormalDist().cdf(m/sd) for m in mu])
+    mu, K = np.asarray(ability, float), len(ability); luck = np.broadcast_to(seed_sd, K)
+    y = mu[:,None,None] + item_sd*rng.normal(size=n) + suit_sd*rng.normal(size=(K,1,n)) + luck[:,None,None]*rng.normal(size=(K,S,1)) + rest_sd*rng.normal(size=(K,S,n))
+    sd = np.sqrt(item_sd**2 + suit_sd**2 + luck**2 + rest_sd**2)
+    return (y>0).astype(float), np.array([NormalDist().cdf(m/s) for m,s in zip(mu, sd)])
 
-# %% ../nbs/61_stats.ipynb #c52aa952
+# %% ../nbs/61_stats.ipynb #63b97fa8
 def fmt(v, unit='', digits=3):
     "A value as a person reads it: 61.0%, 1.2 GiB, 3.5 min"
     if v is None or (isinstance(v, float) and math.isnan(v)): return '-'
@@ -370,7 +370,8 @@ def fmt_diff(v, unit=''):
     return '-' if v is None or math.isnan(v) else f'{100*v:+.1f}' if unit=='fraction' else f'{v:+.3g}'
 
 def text_table(rows, columns=None):
-    "Rows (dicts) as an aligned table of text; numbers to the right"
+    "Rows (dicts, or a DataFrame) as an aligned table of text; numbers to the right"
+    if isinstance(rows, pd.DataFrame): rows = [{k: fmt(v) if isinstance(v, float) else v for k,v in r.items()} for r in rows.to_dict('records')]
     columns = columns or list(rows[0]) if rows else []
     cells = [[str('' if r.get(c) is None else r.get(c)) for c in columns] for r in rows]
     width = [max(len(x) for x in col) for col in zip(columns, *cells)]
@@ -378,12 +379,13 @@ def text_table(rows, columns=None):
     line = lambda xs: '  '.join(x.rjust(w) if r else x.ljust(w) for x,w,r in zip(xs, width, right)).rstrip()
     return '\n'.join([line(columns), line(['-'*w for w in width])] + [line(c) for c in cells])
 
-# %% ../nbs/61_stats.ipynb #8e1641c6
+# %% ../nbs/61_stats.ipynb #3f1553e9
 @dataclass
 class Comparison:
     "What `compare` found; `rows` and `differences` are DataFrames of plain floats"
     metric:str; unit:str; direction:str; rows:pd.DataFrame; tied_for_first:list
     baseline:str=None; differences:pd.DataFrame=None; notes:list=field(default_factory=list); paired:bool=False
+    costs:dict=field(default_factory=dict)    # Which metrics the columns memory and seconds hold
 
 def _labels(df):
     "A name for each row that is the same just for runs that differ in nothing but the seed"
@@ -406,7 +408,7 @@ def _status(ss):
 
 def _untouched(df): return np.array([t is False or t is np.False_ for t in df['trained'].to_numpy(object)] if 'trained' in df else [False]*len(df))
 
-# %% ../nbs/61_stats.ipynb #d5757666
+# %% ../nbs/61_stats.ipynb #c03252d0
 def _item_scores(df, items, metric):
     "(scores (runs, items) with nan for missing, item names, {run row: flags}) for one metric, or None"
     task, _, key = metric.partition('/')
@@ -420,7 +422,7 @@ def _item_scores(df, items, metric):
     if 'metrics' in it:
         code, texts = pd.factorize(it['metrics'])
         parsed = np.array([float(v) if isinstance(v := json.loads(t).get(key), (int, float)) else np.nan for t in texts] + [np.nan])
-        if not np.isnan(parsed[:-1]).any(): score = parsed[code]
+        if not np.isnan(parsed[:-1]).all(): score = parsed[code]          # an item without a value (no number in the answer) stays out
     ic, names = pd.factorize(it['item'], sort=True)
     y = np.full((len(df), len(names)), np.nan); y[rc, ic] = score
     flags = {c: np.bincount(rc, it[c].to_numpy(bool), len(df)) for c in ('truncated','unparsed') if c in it}
@@ -433,14 +435,21 @@ def _explains(y, value):
     ok = ~np.isnan(value)
     return bool((np.abs(m[ok]-value[ok]) <= 1e-6*np.maximum(1, np.abs(value[ok]))).all())        # nan (no items) is no
 
-# %% ../nbs/61_stats.ipynb #6e42e3c7
+# %% ../nbs/61_stats.ipynb #29917ea9
 def _field(df, groups, y, notes):
     "A `Field` of the groups on the items that all their runs have; None where there are fewer than two"
     use = np.concatenate(groups); common = ~np.isnan(y[use]).any(0); most = (~np.isnan(y[use])).sum(1).max()
     if common.sum()<2: notes.append('the runs have no two items in common: unpaired'); return None
     if common.sum()<most: notes.append(f'paired over the {common.sum()} items that all runs have (some have {most})')
     still = _untouched(df)
-    return Field([y[g][:,common] for g in groups], [still[g].all() for g in groups], [df['seed'].to_numpy()[g] for g in groups])
+    by = [_by_seed(df, g) for g in groups]
+    return Field([np.array([y[rows][:,common].mean(0) for rows in b.values()]) for b in by], [still[g].all() for g in groups], [list(b) for b in by])
+
+def _by_seed(df, g):
+    "{seed: rows}: runs that repeat a seed are averaged, they are no further seed"
+    out = {}
+    for i,s in zip(g, df['seed'].to_numpy()[g]): out.setdefault(s, []).append(i)
+    return out
 
 def _totals(df, groups, metric, share):
     "`Totals` of the groups from the records alone"
@@ -451,25 +460,28 @@ def _totals(df, groups, metric, share):
     half = lambda c: (c[1]-c[0])/2/Z if c else np.nan
     se = np.array([i['stderr'] if i.get('stderr') else half(i.get('ci95')) for i in info], float)
     mean = lambda a, g: np.nan if np.isnan(a[g]).all() else np.nanmean(a[g])
-    return Totals([x[g].mean() for g in groups], [mean(n, g) for g in groups], [mean(se, g) for g in groups], share,
-                  [x[g].var(ddof=1) if len(g)>1 else 0 for g in groups], [len(g) for g in groups], [still[g].all() for g in groups])
+    xs = [np.array([x[rows].mean() for rows in _by_seed(df, g).values()]) for g in groups]
+    return Totals([v.mean() for v in xs], [mean(n, g) for g in groups], [mean(se, g) for g in groups], share,
+                  [v.var(ddof=1) if len(v)>1 else 0 for v in xs], [len(v) for v in xs], [still[g].all() for g in groups])
 
-# %% ../nbs/61_stats.ipynb #0645e641
+# %% ../nbs/61_stats.ipynb #841e94d6
 MEMORY = 'train/peak_memory', 'train/memory_reserved', 'eval/peak_memory', 'bench/peak_memory', 'bench/size'
 TIME = 'train/seconds', 'eval/seconds', 'bench/seconds'
 
 def _cost(df, groups, name, preferred):
-    "(metric, its mean for each group) of the first cost that is known; nan where a group has none"
-    if name: col = find_metric(df, name)[0]
-    else: col = next((c for c in preferred if c in df and df[c].notna().any()), None)
-    if col is None: return None, None
-    x, still = df[col].to_numpy(float), _untouched(df)
-    def mean(g):
-        v = x[g][~np.isnan(x[g])]
-        return v.mean() if len(v) else 0. if col.startswith('train/') and still[g].all() else np.nan
-    return col, np.array([mean(g) for g in groups])
+    "(metric, its mean for each group) of the cost that most groups have, the first preferred; nan where a group has none"
+    still = _untouched(df)
+    def means(col):
+        x = df[col].to_numpy(float)
+        def mean(g):
+            v = x[g][~np.isnan(x[g])]
+            return v.mean() if len(v) else 0. if col.startswith('train/') and still[g].all() else np.nan
+        return np.array([mean(g) for g in groups])
+    known = {c: means(c) for c in ([find_metric(df, name)[0]] if name else preferred) if c in df and df[c].notna().any()}
+    if not known: return None, None
+    return min(known.items(), key=lambda kv: np.isnan(kv[1]).sum())
 
-# %% ../nbs/61_stats.ipynb #6ce745c9
+# %% ../nbs/61_stats.ipynb #0482d8a8
 def compare(df,              # Records, from `load_records` or `load_any`
             items=None,      # Items, from `load_items`; read from the run folders if None, unused if False
             metric=None,     # By full name, its end or its task; the best known one if None
@@ -494,11 +506,11 @@ def compare(df,              # Records, from `load_records` or `load_any`
     if silent: notes.append(f'{len(silent)} of {len(by)} have no {metric} and are left out')
     if not names: raise UserError(f'no run has a value for {metric}. ' + '; '.join(f'{k}: {_status(status[by[k]])}' for k in lost[:5]))
     f, flags = _scores(df, [groups[k] for k in names], metric, items, share, notes)
-    rows = _rows(df, names, groups, by, f, metric, flags, unit, 1 if direction=='max' else -1, memory, time, alpha, notes)
+    rows, costs = _rows(df, names, groups, by, f, metric, flags, unit, 1 if direction=='max' else -1, memory, time, alpha, notes)
     lost = [dict(name=k, status=_status(status[by[k]]), seeds=len(by[k]), message=str(df.get('message', pd.Series('', df.index))[by[k][0]] or ''), pareto=False)
             for k in lost if k not in silent]
     tied = [k for k,r in zip(rows['name'], rows['rank_low']) if r==1]
-    c = Comparison(metric, unit, direction, pd.concat([rows, pd.DataFrame(lost)], ignore_index=True) if lost else rows, tied, notes=notes, paired=isinstance(f, Field))
+    c = Comparison(metric, unit, direction, pd.concat([rows, pd.DataFrame(lost)], ignore_index=True) if lost else rows, tied, notes=notes, paired=isinstance(f, Field), costs=costs)
     return _with_differences(c, df, names, groups, f, baseline)
 
 # %% ../nbs/61_stats.ipynb #758e4089
@@ -520,12 +532,14 @@ def _scores(df, groups, metric, items, share, notes):
     if known and not math.isfinite(f.df) and not _untouched(df).any(): notes.append('one run each: the intervals cover the items drawn, not what another training would give')
     return f, flags
 
-# %% ../nbs/61_stats.ipynb #371b78eb
+# %% ../nbs/61_stats.ipynb #a7ec47fd
 def _rows(df, names, groups, by, f, metric, flags, unit, sign, memory, time, alpha, notes):
-    "The table: best first, ties in the order of their names"
+    "(table, the metrics of its costs): best first, ties in the order of their names"
     gs, status = [groups[k] for k in names], df['status'].to_numpy(object) if 'status' in df else np.full(len(df), 'ok', object)
     x = df[metric].to_numpy(float)
-    value = np.array([x[g].mean() for g in gs]); lo, hi = f.ci()
+    seeds = [len(_by_seed(df, g)) for g in gs]; again = [k for k,g,s in zip(names, gs, seeds) if len(g)>s]
+    if again: notes.append(f'{", ".join(again[:3])}{" ..." if len(again)>3 else ""}: several runs of one seed (made by another version or from other data?), averaged')
+    value = np.array([np.mean([x[rows].mean() for rows in _by_seed(df, g).values()]) for g in gs]); lo, hi = f.ci()
     won = beats(f, sign, alpha); low, high = rank_ranges(won)
     (mem_name, mem), (time_name, secs) = _cost(df, gs, memory, MEMORY), _cost(df, gs, time, TIME)
     costs = [c for c in (mem, secs) if c is not None]
@@ -533,12 +547,13 @@ def _rows(df, names, groups, by, f, metric, flags, unit, sign, memory, time, alp
     for c,k in (mem, mem_name), (secs, time_name):
         if c is not None and np.isnan(c).any(): notes.append(f'{int(np.isnan(c).sum())} without {k} cannot be on the Pareto front')
     n = np.full(len(gs), f.n) if isinstance(f, Field) else f.n
-    t = pd.DataFrame(dict(name=names, value=value, n=n, seeds=[len(g) for g in gs], lo=lo, hi=hi, rank_low=low, rank_high=high,
+    t = pd.DataFrame(dict(name=names, value=value, n=n, seeds=seeds, lo=lo, hi=hi, rank_low=low, rank_high=high,
                           pareto=pareto(sign*value, *costs), pareto_maybe=pareto(sign*value, *costs, won=won), status=[_status(status[by[k]]) for k in names]))
     if mem is not None: t['memory'] = mem
     if secs is not None: t['seconds'] = secs
     for k,v in flags.items(): t[k] = [v[g].sum() for g in gs]
-    return t.assign(_v=-sign*value).sort_values(['_v','name'], kind='stable').drop(columns='_v').reset_index(drop=True)
+    t = t.assign(_v=-sign*value).sort_values(['_v','name'], kind='stable').drop(columns='_v').reset_index(drop=True)
+    return t, {k: v for k,v in (('memory', mem_name), ('seconds', time_name)) if v}
 
 def _with_differences(c, df, names, groups, f, baseline):
     "Add the differences from the base: the one named, else the untouched model if there is just one"
@@ -558,7 +573,7 @@ def _with_differences(c, df, names, groups, f, baseline):
     c.baseline, c.differences = baseline, t.iloc[np.argsort([order[k] for k in t['name']])][['name','diff','lo','hi','se','p','p_holm','mde','pair_seeds']].reset_index(drop=True)
     return c
 
-# %% ../nbs/61_stats.ipynb #7c1f18d2
+# %% ../nbs/61_stats.ipynb #c4fb3a9f
 @patch
 def claim(self:Comparison):
     "What the data allow to say about first place"
@@ -581,9 +596,9 @@ def to_dict(self:Comparison):
         return dict({k: v for k,v in r.items() if v is not None or k in ('value','n','rank_low','rank_high')}, metric=r.get('value'), ci95=None if lo is None else [lo, hi])
     diffs = [] if self.differences is None else [{k: _num(v) for k,v in r.items()} for r in self.differences.to_dict('records')]
     return dict(metric=self.metric, unit=self.unit, direction=self.direction, paired=self.paired, rows=[row(r) for r in self.rows.to_dict('records')],
-                tied_for_first=list(self.tied_for_first), baseline=self.baseline, differences=diffs, notes=list(self.notes))
+                tied_for_first=list(self.tied_for_first), baseline=self.baseline, differences=diffs, costs=self.costs, notes=list(self.notes))
 
-# %% ../nbs/61_stats.ipynb #bb7ca67e
+# %% ../nbs/61_stats.ipynb #a9472f4f
 def _range(a, b): return '-' if a is None or math.isnan(a) else f'{int(a)}' if a==b else f'{int(a)} to {int(b)}'
 
 @patch
@@ -615,15 +630,13 @@ def __repr__(self:Comparison): return str(self)
 @patch
 def _repr_html_(self:Comparison):
     from great_tables import GT, md
-    gt = (GT(pd.DataFrame(self.table()).fillna(''), id=f'compare-{abs(hash_name(self.metric))}')
+    gt = (GT(pd.DataFrame(self.table()).fillna(''), id='compare-'+re.sub(r'\W+', '-', self.metric))
           .tab_header(self.claim()[:1].upper()+self.claim()[1:], f'{self.metric}, {"more" if self.direction=="max" else "less"} is better')
           .cols_align('right', [c for c in self.table()[0] if c not in ('name','status','Pareto')]).tab_options(table_font_size='14px', data_row_padding='4px'))
     for n in self.notes: gt = gt.tab_source_note(n[:1].upper()+n[1:])
     return gt.as_raw_html()
 
-def hash_name(s): return int.from_bytes(s.encode()[-4:], 'big') % 10**6
-
-# %% ../nbs/61_stats.ipynb #60712774
+# %% ../nbs/61_stats.ipynb #f84efb5e
 def simulate_study(methods=(('full',0,1.1), ('lora',4,.7), ('lora',16,.95), ('lora',64,1.05), ('dora',16,1.), ('vera',64,.6), ('ia3',0,.4), ('pissa',16,.9)),
                    seeds=3, n=200, seed_sd=.06, seed=0, task='simulated'):
     "(records, items) of a made-up study in the shape of real ones; an untouched base, `methods` as (name, rank, ability), one run out of memory"
@@ -634,8 +647,8 @@ def simulate_study(methods=(('full',0,1.1), ('lora',4,.7), ('lora',16,.95), ('lo
         for s in range(seeds if m else 1):
             y = (ability-.2 + hard + suit + (seed_sd if m else 0)*rng.normal() + .3*rng.normal(size=n) > 0)*1.
             name, id = f'simulated-{m}{r or ""}' if m else 'simulated-base', f'{k:08x}{s:08x}'
-            ms = {f'{task}/accuracy': metric_of(y.mean(), 'fraction', 'max', n)}
-            if m: ms.update({'train/peak_memory': metric_of(size[m]*(1+r/400)*(1+.01*rng.random()), 'bytes', 'min'), 'train/seconds': metric_of(60*(1+.3*(m=='dora')+.2*(m=='full')+r/300+.05*rng.random()), 's', 'min')})
+            ms = {f'{task}/accuracy': _metric_of(y.mean(), 'fraction', 'max', n)}
+            if m: ms.update({'train/peak_memory': _metric_of(size[m]*(1+r/400)*(1+.01*rng.random()), 'bytes', 'min'), 'train/seconds': _metric_of(60*(1+.3*(m=='dora')+.2*(m=='full')+r/300+.05*rng.random()), 's', 'min')})
             rows.append(dict(id=id, name=name, status='ok', base='nano', task=task if m else '', method=m, r=r or None, quant='', base_quant='', seed=s, trained=bool(m), variant=name, metrics=ms, message=''))
             items.append(pd.DataFrame(dict(id=id, name=name, seed=s, task=task, item=[f'q{i}' for i in range(n)], score=y, truncated=False, unparsed=rng.random(n)<.01)))
     rows += [dict(rows[-1], id=f'{99:08x}{s:08x}', name='simulated-full_fp32', method='full', r=None, variant='oom', seed=s, status='oom', message='out of memory at step 1', metrics={}) for s in range(seeds)]
@@ -643,7 +656,7 @@ def simulate_study(methods=(('full',0,1.1), ('lora',4,.7), ('lora',16,.95), ('lo
     for c in dict.fromkeys(k for r in rows for k in r['metrics']): df[c] = [r['metrics'].get(c, {}).get('value', np.nan) for r in rows]
     return df[[c for c in df if c!='metrics']+['metrics']], pd.concat(items, ignore_index=True)
 
-def metric_of(value, unit, direction, n=None): return dict(value=float(value), unit=unit, direction=direction, **({} if n is None else dict(n=n)))
+def _metric_of(value, unit, direction, n=None): return dict(value=float(value), unit=unit, direction=direction, **({} if n is None else dict(n=n)))
 
 # %% ../nbs/61_stats.ipynb #601b0a72
 def best_by(df, items=None,

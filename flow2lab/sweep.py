@@ -9,31 +9,33 @@ __all__ = ['DONE', 'declared', 'check_parameters', 'inside', 'read_template', 'c
            'to_import', 'Run', 'WarmEngine', 'cores', 'execute', 'RunResult', 'record_of', 'claim', 'release', 'mend',
            'in_order', 'blocked', 'sweep']
 
-# %% ../nbs/70_sweep.ipynb #d0a85ec0
-import ast, codecs, contextlib, fcntl, functools, importlib, io, json, os, random, re, select, shutil, signal, socket, subprocess, sys
-import tempfile, threading, time, traceback
+# %% ../nbs/70_sweep.ipynb #22ed37fa
+import ast, codecs, contextlib, fcntl, functools, importlib, io, json, os, random, re, select, shutil, signal, socket
+import subprocess, sys, tempfile, threading, time, traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from keyword import iskeyword
 from pathlib import Path
 from fastcore.basics import patch
-from .core import (Spec, UserError, atomic_write, check_names, fsync_dir, project_path, project_root, relative, results_path,
-                          setting, to_json)
+from .core import (Spec, UserError, atomic_write, check_names, fsync_dir, project_path, project_root, relative,
+                           results_path, setting, to_json)
 
-# %% ../nbs/70_sweep.ipynb #0a8792bf
+# %% ../nbs/70_sweep.ipynb #6d7fec25
 def declared(nb, where):
     "Name and default (as code) of each parameter in the one cell tagged `parameters`"
     cells = [c for c in nb['cells'] if 'parameters' in c.get('metadata', {}).get('tags', [])]
-    if len(cells)!=1: raise UserError(f'{where}: {len(cells) or "no"} cells are tagged `parameters`; papermill needs exactly one. '
-                                      'Tag the cell with the defaults, and keep tags when cleaning (allowed_cell_metadata_keys).')
+    if len(cells)!=1:
+        raise UserError(f'{where}: {len(cells) or "no"} cells are tagged `parameters`; papermill needs exactly one. '
+                        'Tag the cell with the defaults, and keep tags when cleaning (allowed_cell_metadata_keys).')
     src, out, last = ''.join(cells[0]['source']), {}, 0
     try: body = ast.parse(src).body
     except SyntaxError as e: raise UserError(f'{where}: parameters cell, line {e.lineno}: {e.msg}.') from None
     for s in body:
         ts = s.targets if isinstance(s, ast.Assign) else [s.target] if isinstance(s, ast.AnnAssign) and s.value else []
         if len(ts)!=1 or not isinstance(ts[0], ast.Name) or s.lineno==last:
-            raise UserError(f'{where}: parameters cell, line {s.lineno}: `{src.splitlines()[s.lineno-1].strip()}` is not one '
-                            '`name = value  # help`. Write one parameter a line, without tuples.')
+            line = src.splitlines()[s.lineno-1].strip()
+            raise UserError(f'{where}: parameters cell, line {s.lineno}: `{line}` is not one `name = value  # help`. '
+                            'Write one parameter a line, without tuples.')
         out[ts[0].id], last = ast.unparse(s.value), s.end_lineno
     return out
 
@@ -41,23 +43,25 @@ def check_parameters(names, known, where):
     "Refuse a parameter whose name is not an identifier, or not declared in the template"
     for n in names:
         if not isinstance(n, str) or not n.isidentifier() or iskeyword(n):
-            raise UserError(f'{where}: {n!r} cannot be the name of a parameter: it would be run as code. Use a plain identifier.')
+            raise UserError(f'{where}: {n!r} cannot be the name of a parameter: it would be run as code. '
+                            'Use a plain identifier.')
     try: check_names('parameter', names, known)
     except UserError as e: raise UserError(f'{where}: {e}') from None
 
-# %% ../nbs/70_sweep.ipynb #613d42e3
+# %% ../nbs/70_sweep.ipynb #51544e49
 def inside(path):
     "`path` with symbolic links resolved; `UserError` when that leads out of the project"
     p, homes = project_path(path).resolve(), [setting('results'), setting('outputs')]
     if not any(p.is_relative_to(Path(r).resolve()) for r in [project_root(), *filter(os.path.isabs, homes)]):
-        raise UserError(f'{path}: leads out of the project ({p}). Move it in, or name an absolute results folder in settings.ini.')
+        raise UserError(f'{path}: leads out of the project ({p}). '
+                        'Move it in, or name an absolute results folder in settings.ini.')
     return p
 
 def read_template(path):
     "Resolved path and content of the notebook at `path`, from the project root"
     p = inside(path)
     try: nb = json.loads(p.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise UserError(f'{path}: no such notebook. Templates are looked up from the project root.') from None
+    except FileNotFoundError: raise UserError(f'{path}: no such notebook, seen from the project root.') from None
     except ValueError as e: raise UserError(f'{path}: not a notebook ({e}).') from None
     if not isinstance(nb, dict) or 'cells' not in nb: raise UserError(f'{path}: not a notebook (no cells).')
     return p, nb
@@ -155,10 +159,7 @@ def _settle(job):
     if (np := sys.modules.get('numpy')): np.random.seed(job['seed'] % 2**32)
     if (torch := sys.modules.get('torch')): torch.set_num_threads(job['threads']); torch.manual_seed(job['seed'])
 
-# %% ../nbs/70_sweep.ipynb #c8f70b03
-_learn = set('torch transformers peft accelerate datasets tokenizers safetensors huggingface_hub numpy pandas pyarrow matplotlib '
-             'seaborn scipy sklearn tqdm duckdb great_tables trl yaml jinja2'.split())
-
+# %% ../nbs/70_sweep.ipynb #0dfc454c
 def _child(sock_fd, raw_fd, ctl_fd):
     "The life of a run's process: read the job, run its cells, tell how it went"
     import atexit, faulthandler
@@ -171,16 +172,15 @@ def _child(sock_fd, raw_fd, ctl_fd):
     sock = socket.socket(fileno=sock_fd)
     job = json.loads(sock.makefile('rb').readline())
     _settle(job); os.environ['FLOW2LAB_WARM'] = f'{os.getpid()}:{ctl_fd}'
-    say, before = _teller(sock), set(sys.modules)
+    say = _teller(sock)
     for fd, name in ((1, 'stdout'), (2, 'stderr')):
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(_Told(say, name, fd)), encoding='utf-8', line_buffering=True))
     ok = _run_cells(job['cells'], say)
-    say(imported=[m for m in sys.modules if m not in before and m.split('.')[0] in _learn])
     atexit._run_exitfuncs()
     for f in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__): f.flush()
     return 0 if ok else 1
 
-# %% ../nbs/70_sweep.ipynb #ecfc52ff
+# %% ../nbs/70_sweep.ipynb #daa48d32
 def _os_threads():
     "Threads of this process as the system counts them, without jemalloc's, which survives a fork; 0 where it does not tell"
     names = []
@@ -206,9 +206,9 @@ class _Server:
             with contextlib.suppress(Exception): importlib.import_module(m)
             torch = sys.modules.get('torch')
             if _os_threads()>n or (hasattr(torch, 'cuda') and torch.cuda.is_initialized()): self.can_fork = False
-        gc.freeze()                                        # a child's garbage collection must not touch, and so copy, these pages
+        gc.freeze()                      # a child's garbage collection must not touch, and so copy, these pages
 
-# %% ../nbs/70_sweep.ipynb #8db679e8
+# %% ../nbs/70_sweep.ipynb #d3cdb9b2
 @patch
 def start(self:_Server, line, fds):
     "A new run's process: its socket and pipe are `fds[:2]`, the rest are only held open"
@@ -222,7 +222,7 @@ def start(self:_Server, line, fds):
         pid = os.posix_spawn(sys.executable, [sys.executable, '-c', code, *map(str, fds)], os.environ)
     self.runs[pid] = (line, socket.socket(fileno=os.dup(fds[0])))
     self.lines.append(mine); its.close()
-    line.sendall(b'%d\n' % pid)
+    with contextlib.suppress(OSError): line.sendall(b'%d\n' % pid)        # if it is gone, its end of file comes next
 
 @patch
 def become(self:_Server, fds):
@@ -250,7 +250,7 @@ def reap(self:_Server):
         with contextlib.suppress(OSError): sock.sendall(f'\n{end}\n'.encode())
         sock.close()
 
-# %% ../nbs/70_sweep.ipynb #eb9410f0
+# %% ../nbs/70_sweep.ipynb #6ef65b89
 def _kill(pid, sig=signal.SIGKILL, living=True):
     "Signal a run's whole process group; a `living` run that has no group yet is signalled itself"
     try: os.killpg(pid, sig)
@@ -267,8 +267,8 @@ def hang_up(self:_Server, line):
 @patch
 def answer(self:_Server, line):
     "One request: modules to have ready, and the descriptors of a new run"
-    msg, fds, *_ = socket.recv_fds(line, 65536, 16)
-    while msg and not msg.endswith(b'\n'): msg += line.recv(65536)
+    try: msg, fds, *_ = socket.recv_fds(line, 65536, 16)
+    except OSError: msg = b''
     if not msg: return self.hang_up(line)
     self.load(json.loads(msg)); self.start(line, fds)
     for f in fds: os.close(f)
@@ -284,23 +284,23 @@ def _serve(fd, idle=600):      # Seconds without a run after which the warm proc
             if line in s.lines: s.answer(line)
     for pid in s.runs: _kill(pid)
 
-# %% ../nbs/70_sweep.ipynb #99799209
+# %% ../nbs/70_sweep.ipynb #3f2cec39
 _inline = 'module://matplotlib_inline.backend_inline'      # as a Jupyter kernel sets it
 
 class Warm:
     "The line to a warm process: our own, started at the first run, or that of the run which we are in"
-    def __init__(self): self.pid, self.lock, self.sock, self.learned = os.getpid(), threading.Lock(), None, {}
+    def __init__(self): self.pid, self.lock, self.sock = os.getpid(), threading.Lock(), None
 
     def connect(self):
         pid, _, fd = os.environ.pop('FLOW2LAB_WARM', '').partition(':')
         if pid==str(os.getpid()): self.sock = socket.socket(fileno=int(fd)); return
         self.sock, its = socket.socketpair(); self.err = tempfile.TemporaryFile('w+')
         path = [str(Path(sys.modules['flow2lab'].__file__).parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])]
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join(path), PYTHONHASHSEED='0', OPENBLAS_NUM_THREADS='1', MPLBACKEND=_inline,
-                   PYTORCH_NVML_BASED_CUDA_CHECK='1')                    # to ask for GPUs without starting CUDA
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join(path), PYTHONHASHSEED='0', OPENBLAS_NUM_THREADS='1',
+                   TQDM_MININTERVAL='0.5', MPLBACKEND=_inline, PYTORCH_NVML_BASED_CUDA_CHECK='1')      # to ask for GPUs without starting CUDA
         code = f'from flow2lab.sweep import _serve; _serve({its.fileno()})'
-        self.proc = subprocess.Popen([sys.executable, '-c', code], env=env, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL,
-                                     stderr=self.err, start_new_session=True)
+        self.proc = subprocess.Popen([sys.executable, '-c', code], env=env, pass_fds=[its.fileno()],
+                                     stdin=subprocess.DEVNULL, stderr=self.err, start_new_session=True)
         its.close()
 
     def close(self):
@@ -308,15 +308,21 @@ class Warm:
         if self.sock: self.sock.close(); self.sock = None
         if (p := self.__dict__.pop('proc', None)): p.wait()
 
-    def start(self, modules, fds):
+    def abort(self):
+        "End the warm process at once, also in the middle of an import"
+        if 'proc' in self.__dict__: self.proc.kill()
+
+    def start(self, modules, fds, stop=None):
         "Process id of a new run that holds `fds`, started when `modules` are ready"
         with self.lock:
             for _ in range(2):                                          # an idle warm process may have ended: once more
+                if stop is not None and stop.is_set(): raise InterruptedError('the sweep was stopped')
                 if not self.sock: self.connect()
                 try:
-                    socket.send_fds(self.sock, [json.dumps([*modules, *self.learned]).encode() + b'\n'], fds)
+                    socket.send_fds(self.sock, [json.dumps(modules).encode() + b'\n'], fds)
                     if (pid := self.sock.recv(64)): return int(pid)
                 except OSError: pass
+                except BaseException: self.close(); raise               # interrupted: the answer must not meet the next question
                 self.close()
         self.err.seek(0)
         raise RuntimeError(f'the warm process does not start:\n{self.err.read()[-2000:]}')
@@ -328,14 +334,13 @@ def warm():
     if _line is None or _line.pid!=os.getpid(): _line = Warm()
     return _line
 
-# %% ../nbs/70_sweep.ipynb #4dec65f4
+# %% ../nbs/70_sweep.ipynb #b91a3354
 _always = ['numpy', 'execnb.shell', 'IPython.core.displaypub']
-_heavy  = dict(torch=['torch'], transformers=['transformers.modeling_utils', 'transformers.models.auto.modeling_auto'], peft=['peft'],
-               datasets=['datasets'], accelerate=['accelerate'], pandas=['pandas'], pyarrow=['pyarrow.parquet'], trl=['trl'],
+_heavy  = dict(torch=['torch'], transformers=['transformers.modeling_utils', 'transformers.models.auto.modeling_auto'],
+               peft=['peft'], datasets=['datasets'], accelerate=['accelerate'], pandas=['pandas'],
                matplotlib=['matplotlib.pyplot'])
-_ours   = 'models|methods|train|quantize|evaluate|bench'          # our modules that import them
-
-_on_gpu = ('peft', 'trl', 'transformers.integrations', 'transformers.quantizers')     # load bitsandbytes, which starts CUDA
+_ours   = 'models|methods|train|quantize|evaluate|bench'          # our modules that import all of them, and these:
+_lazy   = ['transformers.trainer', 'transformers.models.qwen3.modeling_qwen3', 'transformers.models.llama.modeling_llama']
 
 @functools.cache
 def _nvidia():
@@ -355,10 +360,10 @@ def to_import(nb):
     lines = '\n'.join(l for c in nb['cells'] if c['cell_type']=='code' for l in ''.join(c['source']).split('\n')
                       if re.match(r'\s*(from|import)\s', l))
     ours = re.search(rf'flow2lab\b.*\b({_ours})\b', lines)
-    names = [n for n in _heavy if ours and n!='trl' or re.search(rf'\b{n}\b', lines)]
-    return [*_always, *(m for n in names for m in _heavy[n] if not (gpus() and m.startswith(_on_gpu)))]
+    found = [m for n,ms in _heavy.items() for m in ms if ours or re.search(rf'\b{n}\b', lines)] + (_lazy if ours else [])
+    return [*_always, *(m for m in found if not (m=='peft' and gpus()))]       # peft loads bitsandbytes, which starts CUDA
 
-# %% ../nbs/70_sweep.ipynb #020e6a97
+# %% ../nbs/70_sweep.ipynb #bf661dde
 class Run:
     "A notebook running in a process of its own, as its watcher sees it"
     def __init__(self, man,     # papermill's NotebookExecutionManager, which holds the notebook
@@ -368,11 +373,11 @@ class Run:
         self.begun, self.heard, self.shown = 0., b'', {}
 
 @patch
-def start(self:Run, modules, keep=(), **job):
+def start(self:Run, modules, keep=(), stop=None, **job):
     "Have the warm process start the child, and send it its job"
     self.sock, its = socket.socketpair(); self.raw, w = os.pipe()
     self.oom = _oom_kills()
-    try: self.pid = warm().start(modules, [its.fileno(), w, *keep])
+    try: self.pid = warm().start(modules, [its.fileno(), w, *keep], stop)
     finally: its.close(); os.close(w)
     cells = [(i, c.source) for i, c in enumerate(self.cells) if c.cell_type=='code' and c.source.strip()]
     self.at = cells[0][0] if cells else 0
@@ -410,7 +415,7 @@ def output(self:Run, output, id=None, update=False):
     self.cells[self.at].outputs.append(output)
     if id: self.shown[id] = output
 
-# %% ../nbs/70_sweep.ipynb #46ae0eb0
+# %% ../nbs/70_sweep.ipynb #c36b0561
 @patch
 def hear(self:Run, e):
     "Take down one event"
@@ -422,8 +427,17 @@ def hear(self:Run, e):
         c = self.cells[e['done']]; c.execution_count = e['count']
         if not e['ok']: self.man.cell_exception(c, self.at)
         self.man.cell_complete(c, self.at); self.begun = 0.
-    elif 'imported' in e: warm().learned.update((m, 1) for m in e['imported'] if not (gpus() and m.startswith(_on_gpu)))
     elif 'exit' in e: self.status = e['exit']
+
+def _merge(lines):
+    "Events, with text that follows text of the same stream joined to it, so that a talkative run stays cheap"
+    out = []
+    for l in lines:
+        try: e = json.loads(l) if l else {}
+        except json.JSONDecodeError: continue
+        if 'stream' in e and out and out[-1].get('stream')==e['stream']: out[-1]['text'] += e['text']
+        else: out.append(e)
+    return out
 
 @patch
 def listen(self:Run, seconds=0.2):
@@ -432,8 +446,7 @@ def listen(self:Run, seconds=0.2):
     if self.sock in ready:
         if not (b := self.sock.recv(1<<20)): self.status = -signal.SIGKILL; return      # the warm process is gone too
         *lines, self.heard = (self.heard + b).split(b'\n')
-        for l in lines:
-            with contextlib.suppress(json.JSONDecodeError): l and self.hear(json.loads(l))
+        for e in _merge(lines): self.hear(e)
     if self.raw in ready: self.drain()
 
 @patch
@@ -443,7 +456,7 @@ def drain(self:Run):
     if b: self.stream('stderr', b.decode('utf-8', 'replace'))
     else: os.close(self.raw); self.raw = 0
 
-# %% ../nbs/70_sweep.ipynb #75ffd358
+# %% ../nbs/70_sweep.ipynb #2c2771f9
 @patch
 def watch(self:Run, timeout=None, execution_timeout=None, stop=None):
     "Take everything down until the process is gone; kill it at its time limit, or when `stop` is set"
@@ -476,13 +489,13 @@ def judge(self:Run):
     if self.status==0 or c is None or any(o.output_type=='error' for o in c.get('outputs', [])): return
     sig = signal.Signals(-self.status).name if self.status<0 else ''
     if self.why: name, why = self.why
-    elif sig=='SIGKILL' and _oom_kills()>self.oom: name, why = 'OutOfMemory', 'the system killed the process for want of memory'
+    elif sig=='SIGKILL' and _oom_kills()>self.oom: name, why = 'OutOfMemory', 'the system killed it for want of memory'
     elif sig: name, why = 'Killed', f'the process was killed by signal {-self.status} ({sig})'
     else: name, why = 'Exited', f'the process ended with code {self.status}'
     self.output(dict(output_type='error', ename=name, evalue=why, traceback=[f'{name}: {why}']))
     self.man.cell_exception(c, self.at)
 
-# %% ../nbs/70_sweep.ipynb #a096fcb6
+# %% ../nbs/70_sweep.ipynb #61151f48
 class WarmEngine:
     "A papermill engine that runs the notebook in a fork of a warm process"
     @classmethod
@@ -508,7 +521,8 @@ class WarmEngine:
         if not any(c.cell_type=='code' for c in man.nb.cells): return
         job = dict(seed=seed, threads=threads or cores(), cwd=str(workdir or os.getcwd()),
                    env={'MPLBACKEND': _inline, **os.environ, **(env or {})})
-        Run(man, told).start(to_import(man.nb) if preload is None else preload, keep, **job).watch(timeout, execution_timeout, stop)
+        run = Run(man, told).start(to_import(man.nb) if preload is None else preload, keep, stop, **job)
+        run.watch(timeout, execution_timeout, stop)
 
     @classmethod
     def nb_kernel_name(cls, nb, name=None): return name or nb.metadata.get('kernelspec', {}).get('name', 'python3')
@@ -683,15 +697,15 @@ def blocked(spec, results):
     if r is None or r.status=='ok': return '' if r is None else None
     return f'its base {spec.base.name} ended as {r.status}: {r.message or "see its record"}'
 
-# %% ../nbs/70_sweep.ipynb #e3c677ea
+# %% ../nbs/70_sweep.ipynb #71df4d0c
 class _Bar:
     "Progress of a sweep on stderr"
     def __init__(self, study, total, show):
         from tqdm import tqdm
         self.study, self.total, self.says, self.took, self.since, self.drawn = study, total, {}, [], {}, (0, -1)
         self.tty = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=f'{study} 0 of {total} runs', disable=not show, leave=False, smoothing=0, file=sys.stderr,
-                        dynamic_ncols=self.tty, ncols=None if self.tty else 79,
+        self.bar = tqdm(total=total, desc=f'{study} 0 of {total} runs', disable=not show, leave=False, smoothing=0,
+                        file=sys.stderr, dynamic_ncols=self.tty, ncols=None if self.tty else 79,
                         bar_format='{desc} |{bar:20}| {elapsed} gone, {remaining} left{postfix}')
     def begin(self, id, name): self.since[id], self.says[id] = time.monotonic(), name
     def live(self, id, name):
@@ -709,15 +723,17 @@ class _Bar:
         self.bar.set_postfix_str(next(iter(list(self.says.values())), note), refresh=False)
         self.bar.n, self.drawn = round(done+part, 2), (now, done); self.bar.refresh()
 
-# %% ../nbs/70_sweep.ipynb #c773c620
+# %% ../nbs/70_sweep.ipynb #78ab9486
 def _slots(jobs):
     "Environment of each worker, and its threads"
     gs = gpus()
     jobs = jobs or len(gs) or (1 if jobs is None else cores())
     return [dict(CUDA_VISIBLE_DEVICES=gs[i%len(gs)]) if gs else {} for i in range(jobs)], max(1, cores()//jobs)
 
-def _check(specs, study, template):
+def _check(specs, study, template, jobs, retry, pool):
     "Refuse what could not work before anything runs; the Specs in order"
+    check_names('pool', [pool], ['fork', 'ray'])
+    if (jobs or 0)<0 or retry<0: raise UserError(f'jobs={jobs}, retry={retry}: neither can be negative.')
     check_template(template, ('spec_json', 'study', 'folder'))
     home, root = inside(results_path(study)), results_path().resolve()
     if not study or home==root or not home.is_relative_to(root):
@@ -731,7 +747,7 @@ def _tidy_up(study):
             try: mend(work)
             finally: release(lock)
 
-# %% ../nbs/70_sweep.ipynb #20f5901f
+# %% ../nbs/70_sweep.ipynb #5f8983a0
 def sweep(specs,                     # Specs to run; equal ones run once
           study,                     # Folder below data/results
           jobs=None,                 # Runs at a time: None one per GPU or else one, 0 one per GPU or else per core
@@ -741,14 +757,16 @@ def sweep(specs,                     # Specs to run; equal ones run once
           force=False,               # Run again what has a record
           progress=True,             # Bar with the time left, and a summary, on stderr?
           pool='fork'):              # fork, or ray for the machines of a Ray cluster that share this folder
-    "Run what is missing and nothing else, bases first: a `RunResult` for each of `specs`. Kill it at will; the next call goes on"
-    specs = list(specs); todo = _check(specs, study, template); _tidy_up(study)
-    state = _Sweep(todo, study, jobs, progress, force, pool, dict(template=template, retry=retry, timeout=timeout, since=time.time()))
+    "Run what is missing and nothing else, bases first: a `RunResult` for each of `specs`. Kill it at will and call it again"
+    specs = list(specs); todo = _check(specs, study, template, jobs, retry, pool); _tidy_up(study)
+    kw = dict(template=template, retry=retry, timeout=timeout, since=time.time())
+    state = _Sweep(todo, study, jobs, progress, force, pool, kw)
     try:
         while state.waiting or state.running: state.step()
     except BaseException:
-        state.stop.set(); n = sum(r.status in DONE for r in state.results.values())
-        print(f'\nStopped. {n} of {len(todo)} runs of {study} are recorded; the same call goes on from there.', file=sys.stderr)
+        state.stop.set(); state.give_up(); n = sum(r.status in DONE for r in state.results.values())
+        print(f'\nStopped. {n} of {len(todo)} runs of {study} are recorded; the same call goes on from there.',
+              file=sys.stderr)
         raise
     finally: state.close()
     if progress: print(state.summary(), file=sys.stderr)
@@ -769,13 +787,16 @@ class _Sweep:
         self.submit, self.shut = (_ray_pool if pool=='ray' else _fork_pool)(self)
         self.bar = _Bar(study, len(self.waiting), progress and bool(self.waiting))
     def close(self): self.shut(); self.bar.bar.close()
+    def give_up(self):
+        "Give the runs a second to end, then end a warm process that is still importing"
+        if wait(self.running, 1).not_done: warm().abort()
     def summary(self):
         bad = [r for r in self.results.values() if r.status not in DONE]
         new = len(self.todo)-self.had-len(bad)
         first = f'{self.study}: {len(self.todo)} runs, {self.had} were there, {new} done now, {len(bad)} failed'
         return '\n'.join([first, *(f'  {r}' for r in bad)])
 
-# %% ../nbs/70_sweep.ipynb #56982d2b
+# %% ../nbs/70_sweep.ipynb #ce639c12
 @patch
 def step(self:_Sweep):
     "Start what can start, then wait a moment for what runs"
@@ -790,7 +811,8 @@ def step(self:_Sweep):
         if r: self.results[i] = r
         else: self.waiting.append(i); self.busy[i] = time.monotonic()+0.5      # another sweep runs it: look again soon
     if not self.running and self.waiting: time.sleep(0.1)
-    self.bar.draw(len(self.results)-self.had, 'waiting for runs of another sweep' if self.waiting and not self.running else '')
+    others = self.waiting and not self.running
+    self.bar.draw(len(self.results)-self.had, 'waiting for runs of another sweep' if others else '')
 
 @patch
 def launch(self:_Sweep, i):

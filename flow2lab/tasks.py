@@ -9,7 +9,7 @@ __all__ = ['LETTERS', 'Task', 'check_hub', 'hub_rows', 'sample', 'turns', 'norma
            'final_number', 'gsm8k', 'until', 'whole_number', 'formula', 'final_formula', 'openmath', 'macro_f1', 'arc',
            'squad_normal', 'squad_f1', 'read_text', 'load_json', 'squad_v2', 'windows', 'documents', 'pieces',
            'perplexity', 'chat', 'read_predictions', 'score_file', 'contamination', 'with_and_without', 'TrainingData',
-           'training_data']
+           'training_data', 'clean_metrics']
 
 # %% ../nbs/11_tasks.ipynb #a79363ed
 import collections, difflib, hashlib, itertools, json, math, os, re, string, sys, threading
@@ -833,4 +833,17 @@ def training_data(spec, valid=0.05):
     found = {name: contamination(rows, task[name].load(**a), t, task[name]) for name,a in spec.eval.items()}
     out = TrainingData(contamination=found)
     for e in map(t.example, rows): (out.valid if in_valid(e, valid) else out.train).append(e)
+    return out
+
+# %% ../nbs/11_tasks.ipynb #80133a6b
+def clean_metrics(items,           # DataFrame of evaluated items: task, item, metrics (JSON)
+                  contamination):  # Of `TrainingData`
+    "`task/contaminated` and `task/METRIC_clean` for each task with items among the training rows"
+    out = {}
+    for name,found in contamination.items():
+        if not found['flagged'] or not len(items): continue
+        mine = items[items['task']==name]; clean = mine[~mine['item'].isin(found['flagged'])]
+        scores = task[name].aggregate([json.loads(m) for m in clean['metrics']]) if len(clean) else {}
+        out[f'{name}/contaminated'] = dict(value=len(mine)-len(clean), unit='items', direction='min', n=len(mine))
+        out.update({f'{name}/{k}_clean': dict(value=scores[k], n=len(clean), **m) for k,m in task[name].metrics.items() if k in scores})
     return out

@@ -8,7 +8,8 @@ Docs: https://flow2lab.github.io/flow2lab/train.html.md"""
 __all__ = ['prompt_text', 'turn_text', 'encode_row', 'Samples', 'max_length', 'encode', 'blocks', 'plan', 'pack', 'leak',
            'layout', 'packed_attention', 'doc_attention', 'eval_mode', 'way_to_batch', 'pad_batch', 'label_loss',
            'has_bf16', 'precision_of', 'StepData', 'NonFinite', 'Trainer', 'orthogonality', 'Curve', 'seal', 'sealed',
-           'file_hash', 'newest', 'writing', 'run_key', 'card', 'TrainResult', 'is_oom', 'oom_advice', 'fit']
+           'file_hash', 'newest', 'writing', 'run_key', 'card', 'TrainResult', 'is_oom', 'oom_advice', 'fit',
+           'count_steps']
 
 # %% ../nbs/31_train.ipynb #76bdf5b2
 import contextlib, gc, hashlib, inspect, json, os, shutil, tempfile, time, warnings
@@ -637,7 +638,7 @@ def save_weights(self:Trainer, folder):
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #47a772ca
+# %% ../nbs/31_train.ipynb #3a56f8fe
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -652,6 +653,7 @@ class TrainResult:
     message:str=''
     best:object=None; last:object=None         # Folders: best validation loss, end of training
     resumed:int=0                              # Step that it was resumed from
+    weights:int=0                              # Bytes of the model's parameters
     way:str=''; precision:str=''
     def __repr__(self):
         end = f', loss {self.steps[0]["loss"]:.3f} → {self.steps[-1]["loss"]:.3f}' if self.steps else ''
@@ -728,7 +730,7 @@ def fit(model,          # A transformers model, perhaps with an adapter
         res.steps, res.tokens, res.seconds, res.tokens_per_s = c.steps, c.tokens, c.seconds, c.tokens/max(c.seconds, 1e-9)
         res.way, res.precision, res.dropped = d.way, 'bf16' if tr.bf16 else 'fp32', getattr(d.samples, 'dropped', 0)
         if out and (out/'best').exists() and any('val_loss' in s for s in c.steps): res.best = out/'best'
-    res.trainable, res.peak_memory = sum(p.numel() for p in _trained(model).values()), mem.to_dict()
+    res.trainable, res.peak_memory, res.weights = sum(p.numel() for p in _trained(model).values()), mem.to_dict(), _held(model)
     del tr; gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return res
@@ -759,3 +761,24 @@ def _trainer(model, tok, rows, t, seed, about, out, valid, way, resume, progress
     tr.resume_from, tr.resumed = (str(found[0]), found[1]['step']) if found else (None, 0)
     tr.about = dict(about, train=dict(t), seed=seed, trainable=sum(p.numel() for p in _trained(model).values()), versions=versions())
     return tr
+
+# %% ../nbs/31_train.ipynb #a463482e
+def count_steps(rows, tok, model, spec):
+    "Optimizer steps that `fit` will take on `rows`"
+    return len(_step_data(rows, tok, model, spec.train, 'padded', spec.seed))
+
+def _held(model): return sum(t.untyped_storage().nbytes() for t in {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values())
+
+@patch(as_prop=True)
+def metrics(self:TrainResult):
+    "`train/...` metrics of a record; empty when nothing was trained"
+    if not self.seconds: return {}
+    m, val = self.peak_memory, [s['val_loss'] for s in self.steps if s.get('val_loss') is not None]
+    n = lambda value, unit, direction: dict(value=value, unit=unit, direction=direction)
+    out = {'seconds': n(self.seconds, 's', 'min'), 'tokens': n(self.tokens, 'tokens', ''), 'steps': n(len(self.steps), 'steps', ''),
+           'tokens_per_s': n(self.tokens_per_s, 'tokens/s', 'max'), 'trainable': n(self.trainable, 'parameters', 'min'),
+           'loss': n(self.steps[-1]['loss'], 'nats', 'min'),
+           'peak_memory': n(m['allocated'] or m['growth']+self.weights, 'bytes', 'min')}
+    if m['reserved']: out['memory_reserved'] = n(m['reserved'], 'bytes', 'min')
+    if val: out['val_loss'] = n(min(val), 'nats', 'min')
+    return {f'train/{k}': v for k,v in out.items()}

@@ -1,0 +1,42 @@
+"What the README and the studies say comes from records that the repository holds"
+import json, re
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REF = ROOT/'data'/'reference'
+STUDIES = [d.name for d in sorted(REF.glob('*')) if (d/'answer.json').exists()]
+
+def test_readme_tables_are_the_reference_records():
+    from flow2lab.records import load_records
+    from flow2lab.stats import compare
+    from flow2lab.study import base_spec, in_domain, scale_of
+    text = (ROOT/'README.md').read_text()
+    for study,scale in (('methods', 'nano'), ('methods-small', 'small')):
+        s = scale_of(scale); df = load_records(REF/study)
+        for line in str(compare(df, metric=in_domain(s), baseline=base_spec(s).name if scale=='nano' else None)).splitlines():
+            assert line.strip() in text, f'README lacks: {line}'
+
+@pytest.mark.parametrize('study', STUDIES)
+def test_findings_follow_from_the_records(study):
+    from flow2lab.records import load_records
+    from flow2lab.study import finding
+    df = load_records(REF/study)
+    for f in json.loads((REF/study/'answer.json').read_text())['findings']:
+        again = finding(f['claim'], df, f['better'], f['worse'], f['metric'], f['source'], f['margin'])
+        assert again.verdict==f['verdict'] and abs(again.diff-f['diff'])<1e-9 and abs(again.lo-f['lo'])<1e-9
+
+@pytest.mark.parametrize('study', STUDIES)
+def test_records_name_their_hardware_and_no_machine_path(study):
+    from flow2lab.records import run_folders
+    for f in run_folders(REF/study):
+        env = json.loads((Path(f)/'env.json').read_text())
+        assert env['hardware']['cpu'] and env['versions']['torch'] and env['commit']
+        for p in Path(f).glob('*.json'): assert not re.search(r'"/(home|root|work|tmp|Users)/', p.read_text()), p
+
+@pytest.mark.parametrize('size', ['micro', 'nano'])
+def test_shipped_models_are_small_and_recorded(size):
+    d = ROOT/'data'/'models'/'nano'/size
+    assert sum(p.stat().st_size for p in d.iterdir())<=6e6 and (d/'model.safetensors').exists()
+    r = json.loads((d/'record.json').read_text())
+    assert r['parameters']>1e6 and r['curve'][-1]['loss']<r['curve'][0]['loss']
