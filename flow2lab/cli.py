@@ -44,7 +44,7 @@ def parse_spec(pairs):
         at[last] = parse_items(v) if k=='eval' and not v.startswith('{') else parse_value(v)
     return Spec.from_dict(d)
 
-# %% ../nbs/90_cli.ipynb #369e226d
+# %% ../nbs/90_cli.ipynb #48a8038c
 command = Axis('command')
 
 @command
@@ -117,7 +117,7 @@ def bench(model:str,             # Shipped name, folder, GGUF file or hub id
     m = bench(model, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
     return Result(dict(model=model, metrics=m), '\n'.join(f'{k:28} {v["value"]:>16,.6g} {v["unit"]}' for k,v in m.items()))
 
-@command
+@command(pos=['file'])
 def data(action:str,             # check, convert or inventory
          file:str='',            # File to look at
          out:str='',             # For convert: the file to write
@@ -131,7 +131,7 @@ def data(action:str,             # check, convert or inventory
     if not out: raise UserError('data convert: name the file to write with --out.')
     return formats.convert(file, out, skip_bad=skip_bad)
 
-@command
+@command(pos=['axis'])
 def list(axis:str=''):           # task, arch, method, quantizer, backend or command; all if not given
     "What there is to choose from"
     axes = [axis] if axis else [a for a in Axis.all if a!='command']
@@ -147,7 +147,7 @@ def estimate(*spec:str):         # Fields as key=value, e.g. base=Qwen/Qwen3-8B 
     r = estimate_spec(s)
     return Result(r, '\n'.join(f'{k:16} {v:>18,}' + (f'  ({v/2**30:.2f} GiB)' if k not in ('parameters', 'trainable') else '') for k,v in r.items()))
 
-# %% ../nbs/90_cli.ipynb #75480e6a
+# %% ../nbs/90_cli.ipynb #3e2d0553
 class Result:
     "A value with two faces: `to_dict` for programs, `str` for people"
     def __init__(self, d, text): self.d, self.text = d, text
@@ -178,7 +178,7 @@ def main(argv=None):
     as_json = '--json' in argv; argv = [a for a in argv if a!='--json']
     try:
         f = command[argv[0]]
-        args = vars(anno_parser(f, prog=f'flow2lab {argv[0]}').parse_args(argv[1:]))
+        args = vars(anno_parser(f, prog=f'flow2lab {argv[0]}', pos=getattr(f, 'pos', None)).parse_args(argv[1:]))
         many = [args.pop(k) for k,p in inspect.signature(f).parameters.items() if p.kind==p.VAR_POSITIONAL]
         kw = {k: v for k,v in args.items() if k not in ('pdb', 'xtra')}
         with stdout_to_stderr() if as_json else contextlib.nullcontext(sys.stdout) as out:

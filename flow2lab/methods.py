@@ -10,7 +10,7 @@ __all__ = ['ROLES', 'bare', 'linear_layers', 'adapted_layers', 'target_names', '
            'residual_changed', 'per_layer', 'full', 'lora', 'rslora', 'dora', 'pissa', 'vera', 'adalora', 'ia3', 'loha',
            'divisors', 'lokr', 'oft', 'prompt_tuning', 'repacked', 'hold', 'low_bit', 'is_quantized', 'seeded',
            'weights_print', 'method_args', 'attach', 'certify', 'tokenizer_hash', 'adapter_card', 'save_adapter',
-           'load_adapter']
+           'load_adapter', 'estimate_spec']
 
 # %% ../nbs/30_methods.ipynb #66a8601a
 import contextlib, hashlib, json, math
@@ -448,3 +448,19 @@ def load_adapter(model, folder, tok=None, trainable=False):
     hold(model); model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     model.base_print = now
     return model.train(trainable)
+
+# %% ../nbs/30_methods.ipynb #671972f0
+def estimate_spec(spec):
+    "Parameters, trainable parameters and bytes of a Spec's parts, by formula; see `estimate_memory`"
+    from flow2lab.models import count_params, estimate_memory, meta_model
+    origin = spec
+    while isinstance(origin.base, Spec): origin = origin.base
+    model, trainable = meta_model(origin.base), 0
+    if spec.task:
+        a = method_args(spec)
+        trainable = method[spec.method].count(target_layers(model, a.targets) if 'targets' in a else {}, a, model)
+    t = spec.train or {}
+    wide = dict(fp32=4, bf16=2, fp16=2).get(spec.dtype, 4 if t.get('precision')=='fp32' else 2)
+    e = estimate_memory(model, trainable, tokens=t.get('micro_tokens') or t.get('batch_tokens', 0), weight_bytes=4 if spec.method=='full' else wide,
+                        act_bytes=4 if t.get('precision')=='fp32' else 2, quant=spec.base_quant, checkpointing=t.get('checkpointing', False))
+    return dict(parameters=count_params(model).total, trainable=trainable, **e)

@@ -6,13 +6,14 @@ Docs: https://flow2lab.github.io/flow2lab/site.html.md"""
 
 # %% auto #0
 __all__ = ['SECTIONS', 'tags_of', 'add_tags', 'outside_code', 'callouts', 'names_of', 'cut', 'module_of', 'definitions', 'head',
-           'process_nb', 'load_page', 'relink', 'moved', 'readme', 'find_pages', 'section_page', 'axes_page',
+           'process_nb', 'load_page', 'relink', 'resolve', 'readme', 'find_pages', 'section_page', 'axes_page',
            'link_names', 'Stage', 'build_site']
 
-# %% ../nbs/91_site.ipynb #25bb9cfe
+# %% ../nbs/91_site.ipynb #c1a1e60c
 import ast, inspect, os, re, shutil, subprocess, sys, tempfile
 from importlib import import_module
 from pathlib import Path
+from fastcore.basics import patch
 from fastcore.docments import MarkdownRenderer
 from fastcore.nbio import mk_cell, nb2str, read_nb, write_nb
 from nbdev.doclinks import patch_name
@@ -53,7 +54,7 @@ def callouts(md):
     box = lambda m: f'{m[1]}{{admonition}} {m[3]}\n:class: {m[2]}\n' if m[3] else f'{m[1]}{{{m[2]}}}'
     return outside_code(md, lambda s: _callout.sub(box, s))
 
-# %% ../nbs/91_site.ipynb #fd786250
+# %% ../nbs/91_site.ipynb #94780440
 _defs = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 def names_of(node):
@@ -63,18 +64,19 @@ def names_of(node):
     return [n for n in ([names] if isinstance(names, str) else names) if not n.split('.')[-1].startswith('_')]
 
 def cut(src):
-    "`src` cut before each public definition: a list of (names, code)"
-    lines, cuts = src.splitlines(True), {0: []}
+    "`src` cut around each public definition: a list of (names, code)"
+    lines, cuts, last = src.splitlines(True), {0: []}, []
     for node in ast.parse(src).body:
-        if not (names := names_of(node)): continue
-        at = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+        names = names_of(node)
+        at = min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', []))]) - 1
         while at and lines[at-1].startswith('#'): at -= 1       # the comment above goes with it
-        cuts[at] = names
+        if names or last: cuts[at] = names
+        last = names
     starts = sorted(cuts)
     pieces = [(cuts[a], ''.join(lines[a:b]).strip('\n')) for a,b in zip(starts, [*starts[1:], None])]
     return [p for p in pieces if p[1].strip()]
 
-# %% ../nbs/91_site.ipynb #89647593
+# %% ../nbs/91_site.ipynb #a222da05
 _exp = re.compile(r'^\s*#\|\s*default_exp\s+(\S+)', re.M)
 
 def module_of(nb):
@@ -94,9 +96,12 @@ class definitions(Processor):
         if not {'export', 'exports'} & cell.directives_.keys() or not self.nb.module_: return [cell]
         return [new for names,code in cut(cell.source) for new in self.piece(cell, names, code)]
     def heading(self, names):
-        new = [n for n in names if n not in self.nb.anchors_]
-        self.nb.anchors_.update({n: f'{self.nb.module_}.{n}' for n in new})
-        return ''.join(f'({self.nb.anchors_[n]})=\n' for n in new) + '### ' + ', '.join(names)
+        new, have = [n for n in names if n not in self.nb.anchors_], self.nb.anchors_
+        for n in new:     # anchors know no case: class `Warm` and function `warm` need two
+            at = f'{self.nb.module_}.{n}'
+            while at.lower() in map(str.lower, have.values()): at += '_'
+            have[n] = at
+        return ''.join(f'({have[n]})=\n' for n in new) + '### ' + ', '.join(names)
     def piece(self, cell, names, code):
         fold = code.count('\n')>=_glance or all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body)
         if fold and 'exports' not in cell.directives_: code = '#| code-fold: true\n' + code
@@ -134,7 +139,7 @@ def load_page(path):
     "`process_nb` of the notebook at `path`"
     return process_nb(read_nb(path))
 
-# %% ../nbs/91_site.ipynb #fbb3e2ce
+# %% ../nbs/91_site.ipynb #e98e2a22
 _link = re.compile(r'(\]\(|\bsrc=")([^)\s"#]*)([^)\s"]*)')
 
 def relink(md,
@@ -145,18 +150,17 @@ def relink(md,
         return m[0] if not path or re.match(r'[a-z]+:|/', path) else pre + f(path) + rest
     return outside_code(md, lambda s: _link.sub(_one, s))
 
-def moved(folder,   # Where the text comes from, as seen from the project root
-          to='',    # Where it goes
-          name=''): # What to call the text in an error
-    "A function for `relink`: paths relative to `folder` become relative to `to`"
-    def _f(path):
-        p = os.path.normpath(os.path.join(folder, path))
-        if p.startswith('..') or not project_path(p).exists():
-            raise UserError(f'{name or folder}: the link to {path} leads nowhere ({p} does not exist). Correct it, or make the file.')
-        return os.path.relpath(p, to or '.') + ('/' if path.endswith('/') else '')
-    return _f
+def resolve(page,   # The page with the link, as seen from the project root
+            link):  # A local path in it
+    "What `link` means, as seen from the project root; `UserError` when nothing is there"
+    # A record's notebook was written elsewhere: its links start from the template or the study it is a run of
+    homes = ['nbs', 'nbs/studies', 'nbs/benchmarks'] if page.startswith('data/') and page.endswith('.ipynb') else []
+    found = [os.path.normpath(os.path.join(h, link)) for h in [os.path.dirname(page), *homes]]
+    for p in found:
+        if not p.startswith('..') and project_path(p).exists(): return p
+    raise UserError(f'{page}: the link to {link} leads nowhere ({found[0]} does not exist). Correct it, or make the file.')
 
-# %% ../nbs/91_site.ipynb #e3808a7e
+# %% ../nbs/91_site.ipynb #64fdca01
 _note = '<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n'
 
 def _markdown(nb):
@@ -181,13 +185,13 @@ def readme(write=True):
     for i,c in enumerate(nb.cells):
         if any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {})):
             raise UserError(f'nbs/index.ipynb, cell {i}: shows a picture inline. Save it under data/reference and show the file: ![claim](../data/...).')
-        if c.cell_type=='markdown': c.source = relink(c.source, moved('nbs', name='nbs/index.ipynb'))
+        if c.cell_type=='markdown': c.source = relink(c.source, lambda l: resolve('nbs/index.ipynb', l))
     md = re.sub(r'<style.*?</style>\s*', '', _markdown(nb), flags=re.S)
     md = _note + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
     if write: atomic_write(project_path('README.md'), md)
     return md
 
-# %% ../nbs/91_site.ipynb #0341d7a7
+# %% ../nbs/91_site.ipynb #7396e4f7
 SECTIONS = dict(
     library=('Library', 'The modules, in order of dependency. Each notebook is the source, the manual and the test of its module.',
              ['nbs/[0-9]*.ipynb', 'nbs/run.ipynb']),
@@ -217,20 +221,21 @@ def section_page(section, pages):
     cell = lambda s: s.replace('|', r'\|')
     rows = [f'| [{cell(_label(p, t))}](/{p}) | {cell(w)} |' for p,(t,w) in pages.items()]
     toc = [f'{_label(p, t)} </{os.path.splitext(p)[0]}>' for p,(t,_) in pages.items()]
-    return '\n'.join([f'# {title}', '', why, '', '| | |', '|---|---|', *rows, '', '```{toctree}', ':hidden:', '', *toc, '```', ''])
+    return '\n'.join([f'# {title}', '', why, '', '| page | what it is about |', '|---|---|', *rows, '', '```{toctree}', ':hidden:', '', *toc, '```', ''])
 
-# %% ../nbs/91_site.ipynb #3eff13a8
+# %% ../nbs/91_site.ipynb #f47267a6
 def axes_page(anchors=()):
     "The markdown that lists every entry of every axis, linked where `anchors` has it"
-    out = ['# Axes', '', 'What can be named in a Spec. One decorated function adds one entry; `flow2lab list` prints the same.', '']
+    out = ['# Axes', '', 'What is found by name. One decorated function adds one entry; `flow2lab list` prints the same.', '']
     for axis in list(Axis.all.values()): axis.load()
     for axis in Axis.all.values():
         out += [f'## {axis.name}', '', '| name | what it is | arguments and their defaults |', '|---|---|---|']
         for name in axis:
             f = axis[name]
-            args = [] if inspect.isclass(f) else [f'`{p}`' for p in inspect.signature(f).parameters.values()]
+            args = [f'`{a}`' for a in (f.args() if hasattr(f, 'args') else inspect.signature(f).parameters.values())]
             at = f'{f.__module__.split(".")[-1]}.{name}'
-            out.append(f'| {f"[{name}](#{at})" if at in anchors else name} | {axis.doc(name).replace("|", " ")} | {", ".join(args).replace("|", " ")} |')
+            row = f'[{name}](#{at})' if at in anchors else name, axis.doc(name), ', '.join(args)
+            out.append('| ' + ' | '.join(c.replace('|', ' ') for c in row) + ' |')
         out.append('')
     return '\n'.join(out)
 
@@ -243,13 +248,7 @@ def link_names(md, anchors):
     line = lambda l: l if l.startswith('#') else _tick.sub(link, l)
     return outside_code(md, lambda s: '\n'.join(map(line, s.split('\n'))))
 
-# %% ../nbs/91_site.ipynb #711b753f
-def _put(stage, path, text):
-    (stage/path).parent.mkdir(parents=True, exist_ok=True)
-    (stage/path).write_text(text, encoding='utf-8')
-
-_textlink = re.compile(r'(?<!!)\[((?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*)\]\(([^)\s#]+)(?:#[^)\s]*)?\)')
-
+# %% ../nbs/91_site.ipynb #e6f1e18c
 class Stage:
     "The pages of the site in a folder, as Sphinx takes them"
     def __init__(self, folder):
@@ -259,45 +258,54 @@ class Stage:
         self.known = {}
         for nb in reversed(self.nbs.values()): self.known.update(nb.anchors_)
 
-    def target(self, path, link):
-        "Where the local `link` in the page `path` leads on the site: a page, a file that is put beside it, or nowhere"
-        folder = os.path.dirname(path)
-        p = os.path.normpath(os.path.join(folder, moved(folder, folder, path)(link)))
-        if p in ('README.md', 'nbs/index.ipynb'): return '/index.ipynb'
-        if p not in self.paths and (p.endswith(('.md', '.ipynb')) or project_path(p).is_dir()): return None
-        if p not in self.paths:
-            (self.folder/p).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(project_path(p), self.folder/p)
-        return '/'+p
+@patch
+def put(self:Stage, path, text):
+    (self.folder/path).parent.mkdir(parents=True, exist_ok=True)
+    (self.folder/path).write_text(text, encoding='utf-8')
 
-    def prose(self, md, path, anchors=None):
-        "`md` of the page `path` for Sphinx; a link to what the site does not show, such as a folder, is plain text"
-        away = lambda l: not re.match(r'[a-z]+:|/', l) and self.target(path, l) is None
-        md = outside_code(md, lambda s: _textlink.sub(lambda m: m[1] if away(m[2]) else m[0], s))
-        md = relink(md, lambda l: self.target(path, l))
-        return link_names(callouts(md), {**self.known, **(anchors or {})})
+# %% ../nbs/91_site.ipynb #c97fe621
+@patch
+def target(self:Stage, path, link):
+    "Where the local `link` in the page `path` leads on the site; None when the site does not show it"
+    p = resolve(path, link)
+    if p in ('README.md', 'nbs/index.ipynb'): return '/index.ipynb'
+    if p in self.paths: return '/'+p
+    if p.endswith(('.md', '.ipynb')) or project_path(p).is_dir(): return None
+    (self.folder/p).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(project_path(p), self.folder/p)
+    return '/'+p
 
-    def notebook(self, path, nb):
-        for c in nb.cells:
-            if c.cell_type=='markdown': c.source = self.prose(c.source, path, nb.anchors_)
-        if path=='nbs/index.ipynb':
-            nb.cells.append(mk_cell('\n'.join(['```{toctree}', ':hidden:', '', *self.sections, 'axes', '```']), 'markdown', id='toc'))
-        else: nb.cells.insert(1, mk_cell('{.notebook}\n'+f'This page is the notebook {path}', 'markdown', id='from'))
-        _put(self.folder, 'index.ipynb' if path=='nbs/index.ipynb' else path, nb2str(nb))
+_textlink = re.compile(r'(?<!!)\[((?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*)\]\(([^)\s#]+)(?:#[^)\s]*)?\)')
 
-    def write(self):
-        "Write every page: notebooks, guides, sections, axes"
-        heads = {}
-        for p,nb in self.nbs.items():
-            heads[p] = nb.title_, nb.why_
-            self.notebook(p, nb)
-        for p in self.paths:
-            if p in self.nbs: continue
-            md = project_path(p).read_text(encoding='utf-8')
-            heads[p] = head(md)
-            _put(self.folder, p, self.prose(md, p))
-        for s,ps in self.sections.items(): _put(self.folder, f'{s}.md', section_page(s, {p: heads[p] for p in ps}))
-        _put(self.folder, 'axes.md', axes_page(set(self.known.values())))
+@patch
+def prose(self:Stage, md, path, anchors=None):
+    "`md` of the page `path` as Sphinx takes it"
+    away = lambda l: not re.match(r'[a-z]+:|/', l) and self.target(path, l) is None
+    md = outside_code(md, lambda s: _textlink.sub(lambda m: m[1] if away(m[2]) else m[0], s))
+    md = relink(md, lambda l: self.target(path, l))
+    return link_names(callouts(md), {**self.known, **(anchors or {})})
+
+# %% ../nbs/91_site.ipynb #c396cb86
+@patch
+def notebook(self:Stage, path, nb):
+    "Write the notebook `nb` as the page `path`"
+    for c in nb.cells:
+        if c.cell_type=='markdown': c.source = self.prose(c.source, path, nb.anchors_)
+    front = path=='nbs/index.ipynb'
+    end = '\n'.join(['```{toctree}', ':hidden:', '', *self.sections, 'axes', '```']) if front else \
+          f'{{.notebook}}\nThis page is the notebook {path}: `.venv/bin/jupyter lab {path}`'
+    nb.cells.append(mk_cell(end, 'markdown', id='end'))
+    self.put('index.ipynb' if front else path, nb2str(nb))
+
+@patch
+def write(self:Stage):
+    "Write every page: notebooks, guides, sections, axes"
+    guides = {p: project_path(p).read_text(encoding='utf-8') for p in self.paths if p not in self.nbs}
+    heads = {p: head(md) for p,md in guides.items()} | {p: (nb.title_, nb.why_) for p,nb in self.nbs.items()}
+    for p,nb in self.nbs.items(): self.notebook(p, nb)
+    for p,md in guides.items(): self.put(p, self.prose(md, p))
+    for s,ps in self.sections.items(): self.put(f'{s}.md', section_page(s, {p: heads[p] for p in ps}))
+    self.put('axes.md', axes_page(set(self.known.values())))
 
 # %% ../nbs/91_site.ipynb #d6c2f09a
 def build_site(out='_site'):   # A folder; it is replaced
