@@ -48,7 +48,7 @@ test: .venv/.done    ## Check and run every notebook, then the tests; ends with 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 docs: .venv/.done    ## Render the site into _site
-	$(BIN)/python -c 'from flow2lab.site import build_site; print(build_site()/"index.html")'
+	$(BIN)/python -m flow2lab.site docs
 
 bench: .venv/.bench  ## Run every benchmark notebook; each saves its ratio with both sides' figures
 	@mkdir -p data/results/benchmarks
@@ -56,7 +56,7 @@ bench: .venv/.bench  ## Run every benchmark notebook; each saves its ratio with 
 	  $(BIN)/papermill "$$nb" "data/results/benchmarks/$$(basename "$$nb")" || exit 1; done
 
 readme: .venv/.done  ## Make README.md from nbs/index.ipynb
-	$(BIN)/python -c 'from flow2lab.site import readme; readme()'
+	$(BIN)/python -m flow2lab.site readme
 
 outputs: .venv/.done ## Run library and lab notebooks and keep what they show
 	$(BIN)/nbdev-test nbs --file-re '^[0-9]' --save

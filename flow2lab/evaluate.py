@@ -145,7 +145,7 @@ def logits(self:hf, rows, cols, **kw):
     if head is None: return self.model(**kw).logits[rows, cols]
     with only_at(head, rows, cols): return self.model(**kw).logits[0]
 
-# %% ../nbs/50_evaluate.ipynb #e02a325f
+# %% ../nbs/50_evaluate.ipynb #3696185f
 @functools.lru_cache
 def _mkl_is_slow():
     import torch
@@ -160,7 +160,7 @@ def fast_fp32(model, on=None):
     if not on or model.device.type!='cpu' or model.dtype!=torch.float32: return contextlib.nullcontext()
     op, linear = torch.ops.mkldnn._linear_pointwise, torch.nn.functional.linear
     fits = lambda x, w, b=None: (type(w) in (torch.Tensor, torch.nn.Parameter) and type(x) is torch.Tensor and x.dtype==w.dtype==torch.float32
-                                 and x.numel()>=16*x.shape[-1] and w.is_contiguous() and not torch.is_grad_enabled())
+                                 and x.numel()>=8*x.shape[-1] and w.is_contiguous() and not torch.is_grad_enabled())
     class OneDNN(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, f, types, args=(), kw=None):
             if f is linear and not kw and fits(*args): return op(args[0].contiguous(), args[1], args[2] if len(args)>2 else None, 'none', [], '')

@@ -46,8 +46,8 @@ def sum_of(rng, easy=False):
     if rng.random()<.5: return a, b, '+', a+b
     return max(a,b), min(a,b), '-', abs(a-b)
 
-# %% ../nbs/13_nano.ipynb #5645c258
-VERSION = 1          # Of the generators: part of every fingerprint
+# %% ../nbs/13_nano.ipynb #14313e4c
+VERSION = 3          # Of the generators: part of every fingerprint
 
 def _in_split(row, split): return (int(hash_of(row, 8), 16)%5==0) == (split!='train')
 
@@ -71,21 +71,21 @@ class Generated:
         check_names(f'argument of task {cls.__name__}', args, cls.args())
         return dict({**dict(split='test', n=200, seed=0), **args}, task=cls.__name__, version=VERSION)
 
-# %% ../nbs/13_nano.ipynb #21230764
+# %% ../nbs/13_nano.ipynb #9f5bcc47
 def math_row(rng):
     a, b, sign, c = sum_of(rng)
     n, t = rng.choice(NAMES), rng.choice(THINGS)
     story = f'{n} has {a} {t}. {n} gets {b} more. How many {t} does {n} have?' if sign=='+' else \
             f'{n} has {a} {t}. {n} loses {b}. How many {t} does {n} have?'
-    return dict(question=story if rng.random()<.5 else f'What is {a} {sign} {b}?', answer=f'#### {c}')
+    return dict(question=story if rng.random()<.5 else f'What is {a} {sign} {b}?', answer=f'{a} {sign} {b} = {c}\n#### {c}')
 
 @task
 class nano_math(Generated, gsm8k):
     "Sums and differences up to 99, as bare sums and as stories (form: GSM8K)"
-    max_new_tokens = 12
+    max_new_tokens = 24
     make = staticmethod(math_row)
     @classmethod
-    def render(cls, row): return dict(messages=[dict(role='user', content=row['question'])], answer=row['answer'])
+    def render(cls, row): return dict(messages=[dict(role='user', content=row['question'])], answer=row['answer'].split('\n')[0])
 
 # %% ../nbs/13_nano.ipynb #cfe07b39
 def choice_row(rng):
@@ -129,7 +129,7 @@ class nano_qa(Generated, squad_v2):
         ask = f'{row["context"]} {row["question"]}'
         return dict(messages=[dict(role='user', content=ask)], answer=(row['answers']['text'] or ['unanswerable'])[0])
 
-# %% ../nbs/13_nano.ipynb #a8ee3812
+# %% ../nbs/13_nano.ipynb #27e0eeb5
 def _sums(rng, p):
     out = []
     for _ in range(rng.randint(3, 8)):
@@ -159,10 +159,16 @@ def _chat(rng, p):
     a, b, s, c = sum_of(rng, easy=True)
     return dict(messages=[dict(role='user', content=f'Calculate {a} {s} {b}.')], answer=str(c))
 
-def pretraining_rows(n, seed=0):
+def _chat_tale(rng, p):
+    t = _tale(rng, p)['text'].split('. ')
+    fs = say(facts(rng, 1, rng.randint(1, 2)))
+    ask = rng.choice([t[0]+'.', f'{fs} {t[0]}.', f'{t[0]}. {fs}', f'{t[0]}. How many now?'])
+    return dict(messages=[dict(role='user', content=ask)], answer=t[1].split(' has ')[1])
+
+def pretraining_rows(n, seed=0, stage=1):
     "`n` documents: `text`, `given` and the `text` that follows from it, or `messages` and `answer`; they grow harder along the way"
-    rng, kinds = random.Random(f'text-{seed}'), [_sums, _order, _story, _tale, _chat]
-    for i in range(n): yield rng.choices(kinds, [22, 8, 40, 10, 20])[0](rng, i/n)
+    rng, kinds = random.Random(f'text-{seed}'), [_sums, _order, _story, _tale, _chat, _chat_tale]
+    for i in range(n): yield rng.choices(kinds, [22, 8, 40, 10, 20, 40*(stage-1)])[0](rng, i/n if stage==1 else 1)
 
 def row_text(row):
     "A document of `pretraining_rows` as plain text"

@@ -321,3 +321,10 @@ def build_site(out='_site'):   # A folder; it is replaced
         (new/'.buildinfo').unlink(missing_ok=True)
         (new/'.nojekyll').touch()
     return out
+
+# %% ../nbs/91_site.ipynb #02ee8fbb
+if __name__=='__main__':
+    try: print(build_site()/'index.html' if sys.argv[1:]==['docs'] else readme() and 'README.md')
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)

@@ -188,7 +188,7 @@ def bootstrap_ci(y, draws=2000, seed=0):
     y = np.atleast_2d(np.asarray(y, float)); f = Field([y], [len(y)==1], share=False)
     return tuple(float(x[0]) for x in f.ci(draws, seed))
 
-# %% ../nbs/61_stats.ipynb #64027231
+# %% ../nbs/61_stats.ipynb #82789744
 @patch
 def pairs(self:Field, i=slice(None), j=slice(None)):
     "(difference, variance, part of it due to seeds, both-trained) for the methods i (rows) and j (columns)"
@@ -196,7 +196,7 @@ def pairs(self:Field, i=slice(None), j=slice(None)):
     v = np.maximum(c[i][:,None] + c[j][None] - 2*self.cov[i][:,j], 0)/self.n
     if self.share: S = np.where(f, 1, self.S); v += 1/(self.n**2*np.maximum(S[i][:,None], S[j][None]))
     both = ~f[i][:,None] & ~f[j][None]
-    if not self.seeded: return m[i][:,None] - m[j][None], v, np.zeros_like(v), both
+    if not self.seeded: return m[i][:,None] - m[j][None], v, np.float64(0), both
     vs = np.where(both, (self.pair/self.S)[i][:,None] + (self.pair/self.S)[j][None], (self.own/self.S)[i][:,None] + (self.own/self.S)[j][None])
     v += vs
     return m[i][:,None] - m[j][None], v, np.divide(vs, v, out=np.zeros_like(v), where=v>0), both
@@ -209,7 +209,7 @@ def crit(self:Field, w, both, alpha=.05):
 @patch
 def against(self:Field, j):
     "Differences of every method from method `j`: arrays diff, se, lo, hi, p and the smallest detectable difference"
-    d, v, w, both = (x[:,0] for x in self.pairs(slice(None), [j]))
+    d, v, w, both = (x[:,0] if np.ndim(x) else x for x in self.pairs(slice(None), [j]))
     se = np.sqrt(v); t = np.divide(d, se, out=np.zeros_like(d), where=se>0); c = self.crit(w, both)
     p = np.where(both, _p_value(t, w, self.df_pair, self.n-1), _p_value(t, w, self.df_own, self.n-1))
     return AttrDict(diff=d, se=se, lo=d-c*se, hi=d+c*se, p=p, mde=(c + NormalDist().inv_cdf(.8))*se)
@@ -235,7 +235,7 @@ def permutation_test(a, b, draws=10_000, seed=0):
     signs = np.random.default_rng(seed).integers(0, 2, (draws, len(d)), dtype=np.int8)*2-1
     return float((1 + (np.abs(signs @ d) >= abs(d.sum())-1e-12).sum())/(draws+1))
 
-# %% ../nbs/61_stats.ipynb #4f06b703
+# %% ../nbs/61_stats.ipynb #6dae7c61
 class Totals:
     "The scores of K methods of which only totals are known"
     def __init__(self,
@@ -270,7 +270,7 @@ def ci(self:Totals):
 def pairs(self:Totals, i=slice(None), j=slice(None)):
     m, v, s = self.shifted, self.vi+self.vs, self.vs
     v2 = v[i][:,None] + v[j][None]
-    w = np.zeros_like(v2) if not self.seeded else np.divide(s[i][:,None] + s[j][None], v2, out=np.zeros_like(v2), where=v2>0)
+    w = np.float64(0) if not self.seeded else np.divide(s[i][:,None] + s[j][None], v2, out=np.zeros_like(v2), where=v2>0)
     return m[i][:,None] - m[j][None], v2, w, None
 
 @patch
@@ -278,7 +278,7 @@ def crit(self:Totals, w, both=None, alpha=.05): return _crit(w, self.df, math.in
 
 @patch
 def against(self:Totals, j):
-    d, v, w = (x[:,0] for x in self.pairs(slice(None), [j])[:3]); se = np.sqrt(v)
+    d, v, w = (x[:,0] if np.ndim(x) else x for x in self.pairs(slice(None), [j])[:3]); se = np.sqrt(v)
     t, c = np.divide(d, se, out=np.zeros_like(d), where=se>0), self.crit(w)
     return AttrDict(diff=self.value-self.value[j], se=se, lo=d-c*se, hi=d+c*se, p=_p_value(np.nan_to_num(t), w, self.df, math.inf),
                     mde=(c + NormalDist().inv_cdf(.8))*se)
@@ -295,14 +295,14 @@ def holm(p):
     out[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)), 1)
     return out
 
-# %% ../nbs/61_stats.ipynb #a6488d2a
-def _standard(f, block=1024):
+# %% ../nbs/61_stats.ipynb #c9035649
+def _standard(f, block=256):
     "(t, w): every difference in standard errors and its part due to seeds (None if there is none), row block by row block"
     t, w = np.zeros((f.K, f.K), np.float32), np.zeros((f.K, f.K), np.float32) if f.seeded else None
     for i in range(0, f.K, block):
         r = slice(i, i+block); d, v, part, _ = f.pairs(r)
         np.divide(d, np.sqrt(v, out=v), out=t[r], where=v>0, casting='same_kind')
-        if w is not None: w[r] = part
+        if w is not None: w[r] = part                      # small blocks stay in the cache
     np.fill_diagonal(t, 0); t[np.isnan(t)] = 0
     return t, w
 
@@ -435,20 +435,20 @@ def _explains(y, value):
     ok = ~np.isnan(value)
     return bool((np.abs(m[ok]-value[ok]) <= 1e-6*np.maximum(1, np.abs(value[ok]))).all())        # nan (no items) is no
 
-# %% ../nbs/61_stats.ipynb #29917ea9
+# %% ../nbs/61_stats.ipynb #8756c107
 def _field(df, groups, y, notes):
     "A `Field` of the groups on the items that all their runs have; None where there are fewer than two"
     use = np.concatenate(groups); common = ~np.isnan(y[use]).any(0); most = (~np.isnan(y[use])).sum(1).max()
     if common.sum()<2: notes.append('the runs have no two items in common: unpaired'); return None
     if common.sum()<most: notes.append(f'paired over the {common.sum()} items that all runs have (some have {most})')
-    still = _untouched(df)
-    by = [_by_seed(df, g) for g in groups]
+    still, seed = _untouched(df), df['seed'].to_numpy()
+    by = [_by_seed(seed, g) for g in groups]
     return Field([np.array([y[rows][:,common].mean(0) for rows in b.values()]) for b in by], [still[g].all() for g in groups], [list(b) for b in by])
 
-def _by_seed(df, g):
+def _by_seed(seed, g):
     "{seed: rows}: runs that repeat a seed are averaged, they are no further seed"
     out = {}
-    for i,s in zip(g, df['seed'].to_numpy()[g]): out.setdefault(s, []).append(i)
+    for i,s in zip(g, seed[g]): out.setdefault(s, []).append(i)
     return out
 
 def _totals(df, groups, metric, share):
@@ -460,7 +460,8 @@ def _totals(df, groups, metric, share):
     half = lambda c: (c[1]-c[0])/2/Z if c else np.nan
     se = np.array([i['stderr'] if i.get('stderr') else half(i.get('ci95')) for i in info], float)
     mean = lambda a, g: np.nan if np.isnan(a[g]).all() else np.nanmean(a[g])
-    xs = [np.array([x[rows].mean() for rows in _by_seed(df, g).values()]) for g in groups]
+    seed = df['seed'].to_numpy()
+    xs = [np.array([x[rows].mean() for rows in _by_seed(seed, g).values()]) for g in groups]
     return Totals([v.mean() for v in xs], [mean(n, g) for g in groups], [mean(se, g) for g in groups], share,
                   [v.var(ddof=1) if len(v)>1 else 0 for v in xs], [len(v) for v in xs], [still[g].all() for g in groups])
 
@@ -532,14 +533,14 @@ def _scores(df, groups, metric, items, share, notes):
     if known and not math.isfinite(f.df) and not _untouched(df).any(): notes.append('one run each: the intervals cover the items drawn, not what another training would give')
     return f, flags
 
-# %% ../nbs/61_stats.ipynb #a7ec47fd
+# %% ../nbs/61_stats.ipynb #67be8675
 def _rows(df, names, groups, by, f, metric, flags, unit, sign, memory, time, alpha, notes):
     "(table, the metrics of its costs): best first, ties in the order of their names"
     gs, status = [groups[k] for k in names], df['status'].to_numpy(object) if 'status' in df else np.full(len(df), 'ok', object)
     x = df[metric].to_numpy(float)
-    seeds = [len(_by_seed(df, g)) for g in gs]; again = [k for k,g,s in zip(names, gs, seeds) if len(g)>s]
+    seed = df['seed'].to_numpy(); seeds = [len(_by_seed(seed, g)) for g in gs]; again = [k for k,g,s in zip(names, gs, seeds) if len(g)>s]
     if again: notes.append(f'{", ".join(again[:3])}{" ..." if len(again)>3 else ""}: several runs of one seed (made by another version or from other data?), averaged')
-    value = np.array([np.mean([x[rows].mean() for rows in _by_seed(df, g).values()]) for g in gs]); lo, hi = f.ci()
+    value = np.array([np.mean([x[rows].mean() for rows in _by_seed(seed, g).values()]) for g in gs]); lo, hi = f.ci()
     won = beats(f, sign, alpha); low, high = rank_ranges(won)
     (mem_name, mem), (time_name, secs) = _cost(df, gs, memory, MEMORY), _cost(df, gs, time, TIME)
     costs = [c for c in (mem, secs) if c is not None]
@@ -598,13 +599,14 @@ def to_dict(self:Comparison):
     return dict(metric=self.metric, unit=self.unit, direction=self.direction, paired=self.paired, rows=[row(r) for r in self.rows.to_dict('records')],
                 tied_for_first=list(self.tied_for_first), baseline=self.baseline, differences=diffs, costs=self.costs, notes=list(self.notes))
 
-# %% ../nbs/61_stats.ipynb #a9472f4f
+# %% ../nbs/61_stats.ipynb #6e432cb8
 def _range(a, b): return '-' if a is None or math.isnan(a) else f'{int(a)}' if a==b else f'{int(a)} to {int(b)}'
 
 @patch
 def table(self:Comparison):
     "Rows of text for display"
     out, d = [], {} if self.differences is None else {r['name']: r for r in self.differences.to_dict('records')}
+    flagged = [k for k in ('truncated', 'unparsed') if k in self.rows and self.rows[k].fillna(0).any()]; failed = (self.rows['status']!='ok').any()
     for r in self.rows.to_dict('records'):
         shown = dict(name=r['name'], rank=_range(r.get('rank_low'), r.get('rank_high')), **{self.metric: fmt(r.get('value'), self.unit)})
         shown['95% interval'] = '-' if math.isnan(r.get('lo', math.nan)) else f'{fmt(r["lo"], self.unit)} to {fmt(r["hi"], self.unit)}'
@@ -612,9 +614,8 @@ def table(self:Comparison):
         if 'memory' in r: shown['memory'] = fmt(r['memory'], 'bytes')
         if 'seconds' in r: shown['time'] = fmt(r['seconds'], 's')
         shown['Pareto'] = 'yes' if r.get('pareto')==True else 'maybe' if r.get('pareto_maybe')==True else ''
-        for k in 'truncated', 'unparsed':
-            if k in r and self.rows[k].fillna(0).any(): shown[k] = '-' if math.isnan(r[k]) else f'{int(r[k])}'
-        if (self.rows['status']!='ok').any(): shown['status'] = r['status']
+        for k in flagged: shown[k] = '-' if math.isnan(r[k]) else f'{int(r[k])}'
+        if failed: shown['status'] = r['status']
         out.append(shown)
     return out
 

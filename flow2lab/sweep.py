@@ -415,7 +415,7 @@ def output(self:Run, output, id=None, update=False):
     self.cells[self.at].outputs.append(output)
     if id: self.shown[id] = output
 
-# %% ../nbs/70_sweep.ipynb #c36b0561
+# %% ../nbs/70_sweep.ipynb #af2872ba
 @patch
 def hear(self:Run, e):
     "Take down one event"
@@ -425,6 +425,7 @@ def hear(self:Run, e):
     elif 'clear' in e: self.cells[self.at].outputs = []
     elif 'done' in e:
         c = self.cells[e['done']]; c.execution_count = e['count']
+        c.outputs = [o for o in c.outputs if o.get('text', '-').strip() or '\r' not in o.text]       # a bar that cleared itself
         if not e['ok']: self.man.cell_exception(c, self.at)
         self.man.cell_complete(c, self.at); self.begun = 0.
     elif 'exit' in e: self.status = e['exit']
@@ -615,7 +616,7 @@ def release(f):
     with contextlib.suppress(FileNotFoundError): os.unlink(f.name)
     f.close()
 
-# %% ../nbs/70_sweep.ipynb #6ae23306
+# %% ../nbs/70_sweep.ipynb #c83f378a
 def _publish(work, new):
     "Move the finished folder `new` from the workspace `work` to its place in the study"
     final = work.parent.parent/new.name
@@ -625,17 +626,22 @@ def _publish(work, new):
     os.replace(new, final); fsync_dir(final.parent)
     shutil.rmtree(work, ignore_errors=True)
 
+def _take_notebook(work, new):
+    "The executed notebook joins its record, and calls it by the place where it will be"
+    nb, here = work/'notebook.ipynb', f'/{work.parent.name}/{work.name}/'
+    if nb.exists(): atomic_write(new/nb.name, nb.read_text(encoding='utf-8').replace(here, '/'))
+
 def mend(work):
     "Finish or undo what a dead process left in its workspace"
     for new in work.glob('*--*'):
         if _status(new) in DONE:
-            if (work/'notebook.ipynb').exists(): os.replace(work/'notebook.ipynb', new/'notebook.ipynb')
+            _take_notebook(work, new)
             return _publish(work, new)
     for old in work.glob('old/*'):
         if not (work.parent.parent/old.name).exists(): os.replace(old, work.parent.parent/old.name)
     shutil.rmtree(work, ignore_errors=True)
 
-# %% ../nbs/70_sweep.ipynb #ad086e6c
+# %% ../nbs/70_sweep.ipynb #e671cd71
 _no_memory, _final = ('OutOfMemory', 'OutOfMemoryError', 'MemoryError'), ('UserError', 'Timeout', 'Stopped')
 
 def _try(spec, template, work, new, **kw):
@@ -657,7 +663,7 @@ def _attempt(spec, final, template, **kw):
     status = _status(new) or ('oom' if error in _no_memory else 'failed')
     if not record_of(new) and error!='Stopped': save(spec, {}, folder=new, status=status, message=why)
     if status in DONE or error!='Stopped' and _status(final) not in DONE:        # a failure replaces no result
-        if (work/'notebook.ipynb').exists(): os.replace(work/'notebook.ipynb', new/'notebook.ipynb')
+        _take_notebook(work, new)
         why = record_of(new).get('message') or (why if error else '')
         _publish(work, new)
     shutil.rmtree(work, ignore_errors=True)
