@@ -310,7 +310,7 @@ def weights_print(model):
         if p.device.type!='meta' and not (quantized and part=='linear'): parts[part].append((n, tensor_hash(p.detach().to(torch.bfloat16))))
     return {k: hash_of(v) if v else '' for k,v in parts.items()}
 
-# %% ../nbs/30_methods.ipynb #e8b6c60c
+# %% ../nbs/30_methods.ipynb #6c8f53b3
 def method_args(spec): return AttrDict(bound_args('method', method[spec.method], spec.method_args))
 
 def attach(model, spec, steps=None):   # `steps`: optimizer steps to come, which AdaLoRA needs
@@ -329,7 +329,7 @@ def attach(model, spec, steps=None):   # `steps`: optimizer steps to come, which
     with seeded(spec.seed): model = get_peft_model(model, cfg)
     for n,p in model.named_parameters():
         if getattr(m, 'frozen', '') and m.frozen in n: p.requires_grad_(False)
-    if spec.train.get('checkpointing'): model.enable_input_require_grads()   # else no gradient enters a recomputed block
+    if spec.train.get('checkpointing'): model.enable_input_require_grads()   # reentrant recomputation needs a gradient at its input
     model.base_print = print_
     return model
 

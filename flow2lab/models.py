@@ -142,8 +142,8 @@ def count_params(model):
     emb = model.get_input_embeddings()
     return AttrDict(total=sum(map(n, ps)), trainable=sum(n(p) for p in ps if p.requires_grad), embedding=emb.weight.numel() if emb is not None else 0)
 
-# %% ../nbs/20_models.ipynb #d503d270
-_bits = {'': None, 'int8': 8, 'nf4': 4.127, 'fp4': 4.127, 'torchao_int8': 8, 'dynamic_int8': 8}   # nf4: a double-quantized absmax per 64
+# %% ../nbs/20_models.ipynb #83d54f50
+_bits = {'': None, 'int8': 8, 'nf4': 4.5, 'fp4': 4.5, 'torchao_int8': 8, 'dynamic_int8': 8}   # 4 bits and an fp32 scale per 64 weights
 
 def kv_bytes_per_token(cfg, bytes_per=2):
     "Bytes that one token adds to the key/value cache of a transformer configuration"

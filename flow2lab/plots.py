@@ -9,51 +9,59 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'YELLOW', 'GREY', 
            'plot_differences', 'plot_rank', 'plot_pareto', 'plot_curves', 'save_figure', 'html_report',
            'report_sections']
 
-# %% ../nbs/62_plots.ipynb #a52fc5dc
+# %% ../nbs/62_plots.ipynb #c15c7887
 import html, io, math, os, re
 from difflib import SequenceMatcher
 from functools import reduce
 from pathlib import Path
-import matplotlib as mpl, matplotlib.pyplot as plt, matplotlib.patheffects as patheffects, numpy as np, pandas as pd, seaborn as sns
+import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 from .core import UserError, atomic_write
-from .records import load_steps, metric_names
-from .stats import Comparison, best_by, compare, fmt, fmt_diff, pareto
+from .records import load_steps, quality_metrics
+from .stats import Comparison, best_by, compare, fmt, fmt_diff, pareto, rank_range
 
-# %% ../nbs/62_plots.ipynb #9f11a87d
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#F0E442', '#8A8A8A'
+# %% ../nbs/62_plots.ipynb #c602636b
+BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
+PURPLE, SKY, YELLOW, GREY = '#CC79A7', '#56B4E9', '#F0E442', '#8A8A8A'
 LINES = BLUE, RED, GREEN, PURPLE, ORANGE, SKY, '#333333', '#7F6000'
-_style = {'font.size': 11, 'axes.titlesize': 13, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 11, 'axes.titlepad': 12,
-          'grid.color': '#E3E3E3', 'axes.edgecolor': '#555555', 'svg.hashsalt': 'flow2lab', 'font.family': 'DejaVu Sans', 'legend.frameon': False}
+_style = {'font.size': 11, 'axes.titlesize': 13, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+          'axes.labelsize': 11, 'axes.titlepad': 12,
+          'grid.color': '#E3E3E3', 'axes.edgecolor': '#555555', 'svg.hashsalt': 'flow2lab',
+          'font.family': 'DejaVu Sans', 'legend.frameon': False}
 
 def _figure(height, width=8.4):
     "Figure and axes in the house style"
-    with sns.axes_style('whitegrid'), mpl.rc_context(_style): fig, ax = plt.subplots(figsize=(width, height), layout='constrained')
+    with sns.axes_style('whitegrid'), mpl.rc_context(_style):
+        fig, ax = plt.subplots(figsize=(width, height), layout='constrained')
     plt.close(fig)                                            # the caller shows it, pyplot forgets it
     sns.despine(fig, left=True)
     return fig, ax
 
 def _title(fig, ax, claim, sub=''):
     "The claim, and under it in grey how to read it"
-    if claim.split(' ')[0] in ('all','none','only','nothing'): claim = claim[0].upper() + claim[1:]         # names stay as they are
+    if claim.split(' ')[0] in ('all','only'): claim = claim[0].upper() + claim[1:]       # names stay as they are
     fig.suptitle(claim, x=.012, ha='left', fontsize=min(13.5, 13.5*80/max(len(claim), 1)), fontweight='bold')
     ax.set_title(' ', fontsize=10, pad=8)                     # holds the height of the next line
-    t = ax.annotate(sub, (.012, 1), xycoords=('figure fraction', 'axes fraction'), xytext=(0, 9), textcoords='offset points',
+    t = ax.annotate(sub, (.012, 1), (0, 9), xycoords=('figure fraction', 'axes fraction'), textcoords='offset points',
                     fontsize=min(10, 10*112/max(len(sub), 1)), color='#555555', va='bottom', annotation_clip=False)
     t.set_in_layout(False)
 
 def _beside(ax, y, text, dx, **kw):
     "Text to the right of the axes, `dx` points off, at the height `y`"
-    ax.annotate(text, (1, y), xycoords=('axes fraction', 'data'), xytext=(dx, 0), textcoords='offset points', va='center', fontsize=10, annotation_clip=False, **kw)
+    ax.annotate(text, (1, y), xycoords=('axes fraction', 'data'), xytext=(dx, 0), textcoords='offset points',
+                va='center', fontsize=10, annotation_clip=False, **kw)
 
 def _log_axis(ax, axis, scale):
     "A logarithmic axis with plain numbers on it"
-    scale('log'); axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5))); axis.set_major_formatter('{x:g}'); axis.set_minor_formatter('')
+    scale('log'); axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5))); axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter('')
 
 def _legend(ax, **kw): ax.legend(loc='center left', bbox_to_anchor=(1.01, .5), fontsize=10, frameon=False, **kw)
 
-# %% ../nbs/62_plots.ipynb #91fc1104
-_parts = re.compile(r'^(?P<model>.+?)-(?P<data>.+)_(?P<how>NoSFT|SFT|PT|DPO)_(?P<peft>[^_]+)_(?P<quant>[^ ]+)(?P<more> \[.*\])?$')
+# %% ../nbs/62_plots.ipynb #dface5fc
+_parts = re.compile(r'^(?P<model>.+?)-(?P<data>.+)_(?P<how>NoSFT|SFT|PT|DPO)_'
+                    r'(?P<peft>[^_]+)_(?P<quant>[^ ]+)(?P<more> \[.*\])?$')
 
 def short_names(names):
     "{name: what tells it from the others}"
@@ -62,8 +70,9 @@ def short_names(names):
         d = pd.DataFrame([m.groupdict('') for m in ms]); trained = d.how!='NoSFT'
         keep = [c for c in ('model','data','how') if d.loc[trained if c!='model' else trained.index, c].nunique()>1]
         def one(r):
-            what = 'untouched base' if r.how=='NoSFT' else 'full' if r.peft=='NoPeft' else r.peft
-            return ' '.join([r[c] for c in keep if c=='model' or r.how!='NoSFT'] + [what] + [r.quant]*(r.quant!='NoQuant')) + r.more
+            base, plain = r.how=='NoSFT', r.quant=='NoQuant'
+            what = 'untouched base' if base and plain else 'base' if base else 'full' if r.peft=='NoPeft' else r.peft
+            return ' '.join([r[c] for c in keep if c=='model' or not base] + [what] + [r.quant]*(not plain)) + r.more
         short = [one(r) for _,r in d.iterrows()]
     else: short = _strip_common(names)
     return dict(zip(names, short if len(set(short))==len(names) else names))
@@ -73,12 +82,13 @@ def _strip_common(names):
     if len(names)<2: return names
     def both(a, b): m = SequenceMatcher(None, a, b, autojunk=False).find_longest_match(); return a[m.a:m.a+m.size]
     common = reduce(both, names)
-    if not all(n.startswith(common) for n in names): common = re.sub(r'^[^-_/@ ]*', '', common)       # begin and end at a separator
+    # begin and end at a separator
+    if not all(n.startswith(common) for n in names): common = re.sub(r'^[^-_/@ ]*', '', common)
     if not all(n.endswith(common) for n in names): common = re.sub(r'[^-_/@ ]*$', '', common)
     if len(common)<6: return names
     return [re.sub(r'\s+', ' ', n.replace(common, ' ', 1)).strip(' -_/') or n for n in names]
 
-# %% ../nbs/62_plots.ipynb #4776507d
+# %% ../nbs/62_plots.ipynb #6f557b8b
 def _compared(df, items=None, metric=None, baseline=None):
     c = df if isinstance(df, Comparison) else compare(df, items, metric, baseline)
     return c, short_names(c.rows['name'])
@@ -97,9 +107,11 @@ def _axis(c):
 def _metric(c): return c.metric.replace('/', ' ')
 
 def _arrow(c, ax='x'):
-    return ('right' if c.direction=='max' else 'left') + ' is better' if ax=='x' else ('up' if c.direction=='max' else 'down') + ' is better'
+    return dict(x=dict(max='right', min='left'), y=dict(max='up', min='down'))[ax][c.direction] + ' is better'
 
-# %% ../nbs/62_plots.ipynb #cab68b56
+def _bars(t, k): return k*np.clip([t['value']-t['lo'], t['hi']-t['value']], 0, None)      # lengths down and up
+
+# %% ../nbs/62_plots.ipynb #8eda519b
 def plot_leaderboard(df,             # Records, or a Comparison
                      items=None, metric=None, baseline=None,
                      top=40):        # Lines at most
@@ -111,45 +123,53 @@ def plot_leaderboard(df,             # Records, or a Comparison
         if pd.isna(r['value']): _beside(ax, yi, _why(r['status']), 8, color=RED); continue
         first, base = r['rank_low']==1, r['name']==c.baseline
         col = ORANGE if base else BLUE if first else GREY
-        if not pd.isna(r['lo']): ax.plot([k*r['lo'], k*r['hi']], [yi, yi], color=col, lw=2.4, solid_capstyle='round', alpha=.75)
+        if not pd.isna(r['lo']):
+            ax.plot([k*r['lo'], k*r['hi']], [yi, yi], color=col, lw=2.4, solid_capstyle='round', alpha=.75)
         ax.plot(k*r['value'], yi, 'D' if base else 'o', color=col, mfc=col if first or base else 'white', mew=2, ms=7)
-        _beside(ax, yi, fmt(r['value'], c.unit), 50, ha='right'); _beside(ax, yi, _ranks(r), 62, color='#555555')
+        _beside(ax, yi, fmt(r['value'], c.unit), 50, ha='right')
+        _beside(ax, yi, rank_range(r['rank_low'], r['rank_high']), 62, color='#555555')
     _beside(ax, len(rows)-.2, 'rank', 62, color='#555555')
     if c.baseline in set(rows['name']):
         ax.axvline(k*rows.loc[rows['name']==c.baseline, 'value'].iloc[0], color=ORANGE, lw=1.2, ls='--', zorder=0)
-    ax.set_yticks(y, [short[n] for n in rows['name']]); ax.set_ylim(-.7, len(rows)-.3); ax.grid(axis='y', visible=False)
+    ax.set_yticks(y, [short[n] for n in rows['name']]); ax.set_ylim(-.7, len(rows)-.3)
+    ax.grid(axis='y', visible=False)
     ax.set_xlabel(f'{_axis(c)}; {_arrow(c)}')
     more = f'; {len(c.rows)-top} more not shown' if len(c.rows)>top else ''
-    _title(fig, ax, _claim_first(c, short), 'bars: 95% intervals; filled: tied for first' + ('; diamond and dashes: the base' if c.baseline else '') + more)
+    base = '; diamond and dashes: the base' if c.baseline else ''
+    _title(fig, ax, _claim_first(c, short), f'bars: 95% intervals; filled: tied for first{base}{more}')
     return fig
 
 def _why(status): return dict(oom='out of memory', nan='diverged (NaN)', failed='failed').get(status, status)
-def _ranks(r): return f'{int(r["rank_low"])}' if r['rank_low']==r['rank_high'] else f'{int(r["rank_low"])} to {int(r["rank_high"])}'
 
 def _claim_first(c, short):
     s = c.claim()
     for n in sorted(short, key=len, reverse=True): s = s.replace(n, short[n])
     return f'{s}: {_metric(c)}'
 
-# %% ../nbs/62_plots.ipynb #5084ed56
+# %% ../nbs/62_plots.ipynb #d30f29f3
 def plot_differences(df, items=None, metric=None,
                      baseline=None):   # Name to take differences from; the untouched base if None
     "Paired difference of every method from the base, with its 95% interval"
     c, short = _compared(df, items, metric, baseline)
-    if c.differences is None: raise UserError('no baseline to take differences from: no single untouched base is among the records. Name one with baseline=.')
+    if c.differences is None:
+        raise UserError('no baseline to take differences from: no single untouched base is among the records. Name '
+                        'one with baseline=.')
     d, k, sign = c.differences, _scale(c.unit), 1 if c.direction=='max' else -1; y = np.arange(len(d))[::-1]
     fig, ax = _figure(1.35 + .33*len(d))
     for yi,r in zip(y, d.to_dict('records')):
         sure = r['p_holm']<.05; col = GREY if not sure else BLUE if sign*r['diff']>0 else RED
         ax.plot([k*r['lo'], k*r['hi']], [yi, yi], color=col, lw=2.4, solid_capstyle='round', alpha=.75)
-        ax.plot(k*r['diff'], yi, 'o' if sign*r['diff']>0 else 's', color=col, mfc=col if sure else 'white', mew=2, ms=7)
+        ax.plot(k*r['diff'], yi, 'o' if sign*r['diff']>0 else 's', color=col, mfc=col if sure else 'white', mew=2,
+                ms=7)
         _beside(ax, yi, fmt_diff(r['diff'], c.unit), 50, ha='right')
         _beside(ax, yi, 'p < 0.001' if r['p_holm']<.001 else f'p = {r["p_holm"]:.2g}', 62, color='#555555')
     ax.axvline(0, color=ORANGE, lw=1.6, ls='--', zorder=0)
     ax.set_yticks(y, [short[n] for n in d['name']]); ax.set_ylim(-.7, len(d)-.3); ax.grid(axis='y', visible=False)
     unit = 'points' if c.unit=='fraction' else c.unit
     ax.set_xlabel(f'difference in {_axis(c).replace(" [%]", "")} [{unit}]; {_arrow(c)}')
-    _title(fig, ax, _claim_diff(c, short), f'{"paired by item and seed" if c.paired else "unpaired"}; bars: 95% intervals; filled: significant after Holm; dashes: {short[c.baseline]}')
+    _title(fig, ax, _claim_diff(c, short),
+           f'{"paired by item and seed" if c.paired else "unpaired"}; bars: 95% intervals; filled: significant after '
+           f'Holm; dashes: {short[c.baseline]}')
     return fig
 
 def _claim_diff(c, short):
@@ -162,22 +182,25 @@ def _claim_diff(c, short):
     if not said: return f'{short[d["name"][0]]} is tied with {base}' if n==1 else f'all {n} are tied with {base}'
     return ', '.join(said + ([f'{n-up-down} tied with it'] if n-up-down else [])) + f': {_metric(c)}'
 
-# %% ../nbs/62_plots.ipynb #777a8589
+# %% ../nbs/62_plots.ipynb #e0471af6
 def plot_rank(df, items=None, metric=None, baseline=None,
               x='r'):      # Column to sweep; any number in the Spec will do
     "The metric against the rank, with intervals, the untouched base and full fine-tuning across"
     c, short = _compared(df, items, metric, baseline); k = _scale(c.unit)
     if x not in df or not df[x].notna().any(): raise UserError(f'no record has a value for "{x}": nothing to sweep.')
     runs = df[df['name'].isin(c.rows['name'])].drop_duplicates('name').set_index('name')
-    t = c.rows.dropna(subset=['value']).join(runs[[q for q in (x,'method','quant','base_quant') if q in runs]], on='name')
-    t['line'] = [' '.join(str(v) for v in (r.get('method'), r.get('base_quant'), r.get('quant')) if v and not pd.isna(v)) for _,r in t.iterrows()]
+    t = c.rows.dropna(subset=['value']).join(runs[[q for q in (x,'method','quant','base_quant') if q in runs]],
+                                             on='name')
+    t['line'] = [' '.join(str(v) for v in (r.get('method'), r.get('base_quant'), r.get('quant')) if v
+                          and not pd.isna(v)) for _,r in t.iterrows()]
     fig, ax = _figure(4.6); claims = []
     swept = {n: g.sort_values(x) for n,g in t[t[x].notna()].groupby('line')}
     swept = dict(sorted(swept.items(), key=lambda kv: -len(kv[1])))
     for i,(name,g) in enumerate(swept.items()):
         xs = g[x].astype(float)*2**(.04*(i-(len(swept)-1)/2)); col = LINES[i%len(LINES)]
-        ax.errorbar(xs, k*g['value'], [k*(g['value']-g['lo']), k*(g['hi']-g['value'])], fmt='osD^vP'[i%6]+('-' if len(g)>1 else ''), color=col, lw=2, capsize=3, ms=7, label=name)
-        if len(g)>1: claims.append((name, g, _claim_sweep(df, items, c, g, x, name)))
+        ax.errorbar(xs, k*g['value'], _bars(g, k),
+                    fmt='osD^vP'[i%6]+('-' if len(g)>1 else ''), color=col, lw=2, capsize=3, ms=7, label=name)
+        if g[x].nunique()>1: claims.append((name, g, _claim_sweep(df, items, c, g, x, name)))
     across = t[t[x].isna()]
     across = across.iloc[np.argsort(across['name']!=c.baseline, kind='stable')]
     for r,col,ls in zip(across.to_dict('records'), (ORANGE, '#333333', GREY, SKY), ('--', ':', '-.', (0, (5, 1)))):
@@ -187,69 +210,93 @@ def plot_rank(df, items=None, metric=None, baseline=None,
     if min(ranks)>0: ax.set_xscale('log', base=2)
     ax.set_xticks(ranks, [f'{v:g}' for v in ranks]); ax.minorticks_off()
     ax.set_xlabel(f'{"rank r" if x=="r" else x}'); ax.set_ylabel(f'{_axis(c).split(",")[0]}; {_arrow(c, "y")}')
-    h, l = ax.get_legend_handles_labels(); order = sorted(range(len(l)), key=lambda i: not hasattr(h[i], 'has_yerr')); _legend(ax, handles=[h[i] for i in order], labels=[l[i] for i in order])
-    _title(fig, ax, '; '.join(s for *_,s in claims[:2]) or f'{_metric(c)} by {x}', f'bars and bands: 95% intervals ({_axis(c).split(", ")[-1]})')
+    h, l = ax.get_legend_handles_labels(); order = sorted(range(len(l)), key=lambda i: not hasattr(h[i], 'has_yerr'))
+    _legend(ax, handles=[h[i] for i in order], labels=[l[i] for i in order])
+    _title(fig, ax, '; '.join(s for *_,s in claims[:2]) or f'{_metric(c)} by {x}',
+           f'bars and bands: 95% intervals ({_axis(c).split(", ")[-1]})')
     return fig
 
 def _claim_sweep(df, items, c, g, x, name):
     "Which values of x are tied for best within one method"
     sub = df[df['name'].isin(g['name'])] if isinstance(df, pd.DataFrame) else None
     got = compare(sub, items, c.metric); at = dict(zip(g['name'], g[x]))
-    best = sorted(at[n] for n in got.tied_for_first if n in at); rest = sorted(set(at.values())-set(best)); s = lambda vs: ', '.join(f'{v:g}' for v in vs)
+    best = sorted({at[n] for n in got.tied_for_first if n in at}); rest = sorted(set(at.values())-set(best))
+    s = lambda vs: ', '.join(f'{v:g}' for v in vs)
     if not rest: return f'{name}: {x} = {s(best[:1])} to {s(best[-1:])} are tied'
     return f'{name}: best at {x} = {s(best)}{" (tied)" if len(best)>1 else ""}, worse at {s(rest)}'
 
-# %% ../nbs/62_plots.ipynb #c31f86fa
+# %% ../nbs/62_plots.ipynb #d7b19bb3
 def plot_pareto(df, items=None, metric=None, baseline=None,
                 cost='memory'):   # memory or seconds
     "Quality against memory (or time), with intervals and the Pareto front"
     c, short = _compared(df, items, metric, baseline); k, sign = _scale(c.unit), 1 if c.direction=='max' else -1
-    if cost not in c.rows or not (c.rows[cost]>0).any(): raise UserError(f'no record has a {cost} metric: no front to draw.')
+    if cost not in c.rows or not (c.rows[cost]>0).any():
+        raise UserError(f'no record has a {cost} metric: no front to draw.')
     t = c.rows.dropna(subset=['value', cost]); zero = t[t[cost]==0]; t = t[t[cost]>0]
     unit, per = _cost_unit(cost, t[cost].max()); xs, ys = t[cost]/per, k*t['value']
     on = pareto(sign*t['value'], t[cost])
     fig, ax = _figure(5.0)
-    ax.errorbar(xs, ys, [k*(t['value']-t['lo']), k*(t['hi']-t['value'])], fmt='none', ecolor='#BBBBBB', lw=1.4, zorder=1)
+    ax.errorbar(xs, ys, _bars(t, k), fmt='none', ecolor='#BBBBBB', lw=1.4,
+                zorder=1)
     front = t[on].sort_values(cost)
     ax.plot(front[cost]/per, k*front['value'], color=BLUE, lw=1.6, zorder=2, drawstyle='steps-post', alpha=.7)
-    for m,col,face,mark in (on, BLUE, BLUE, 'o'), (~on, GREY, 'white', 's'): ax.plot(xs[m], ys[m], mark, color=col, mfc=face, mew=1.8, ms=8, ls='', zorder=3)
-    for r in zero.to_dict('records'): ax.axhline(k*r['value'], color=ORANGE, lw=1.4, ls='--', zorder=0)
+    for m,col,face,mark in (on, BLUE, BLUE, 'o'), (~on, GREY, 'white', 's'):
+        ax.plot(xs[m], ys[m], mark, color=col, mfc=face, mew=1.8, ms=8, ls='', zorder=3)
+    for r in zero[zero['name']==c.baseline].to_dict('records'): ax.axhline(k*r['value'], color=ORANGE, lw=1.4, ls='--', zorder=0)
     if xs.max()/xs.min()>4: _log_axis(ax, ax.xaxis, ax.set_xscale)
     ax.margins(x=.15, y=.1); named = on if len(t)>15 else np.ones(len(t), bool)
-    ax.set_xlabel(f'{dict(memory="peak memory", seconds="training time").get(cost, cost)} [{unit}]; left is better'); ax.set_ylabel(f'{_axis(c).split(",")[0]}; {_arrow(c, "y")}')
+    ax.set_xlabel(f'{_cost_name(c.costs.get(cost, cost))} [{unit}]; left is better')
+    ax.set_ylabel(f'{_axis(c).split(",")[0]}; {_arrow(c, "y")}')
     less = dict(memory='less memory', seconds='less time').get(cost, f'less {cost}')
-    tied = bool(t['pareto_maybe'].sum()>on.sum()) and len(c.tied_for_first)==len(t)
-    _title(fig, ax, f'{on.sum()} of {len(t)} are on the front: nothing measured is better for {less}' if on.sum()>1 else f'{short[front["name"].iloc[0]]} is best and needs the least {less.split()[1]}',
-           ('all intervals overlap: the front may be chance; ' if tied else '') + 'bars: 95% intervals; filled: on the front' + ('; dashes: untouched base' if len(zero) else '') + ('' if named.all() else '; only the front is named'))
-    _place_labels(fig, ax, xs.tolist(), ys.tolist(), [short[n] if q else '' for n,q in zip(t['name'], named)], np.c_[front[cost]/per, k*front['value']])
+    tied = len(t)>1 and set(t['name'])<=set(c.tied_for_first)
+    claim = f'{on.sum()} of {len(t)} are on the front: nothing measured is better for {less}'
+    if on.sum()==1: claim = f'{short[front["name"].iloc[0]]} is best and needs the least {less.split()[1]}'
+    sub = ['all are tied in quality: the front may be chance']*tied + ['bars: 95% intervals; filled: on the front']
+    sub += ['dashes: untouched base']*(c.baseline in set(zero['name'])) + ['only the front is named']*(not named.all())
+    _title(fig, ax, claim, '; '.join(sub))
+    _place_labels(fig, ax, xs.tolist(), ys.tolist(), [short[n] if q else '' for n,q in zip(t['name'], named)],
+                  np.c_[front[cost]/per, k*front['value']])
     return fig
+
+def _cost_name(m):
+    "train/peak_memory as words"
+    what, _, of = m.partition('/')
+    of = dict(seconds='time', memory_reserved='reserved memory').get(of, of.replace('_', ' '))
+    return f"{dict(train='training', eval='evaluation', bench='benchmark').get(what, what)} {of}".strip()
 
 def _cost_unit(cost, most):
     if cost=='memory': return ('GiB', 2**30) if most>=2**30 else ('MiB', 2**20)
     return ('h', 3600) if most>=7200 else ('min', 60) if most>=300 else ('s', 1)
 
-# %% ../nbs/62_plots.ipynb #df36cebe
+# %% ../nbs/62_plots.ipynb #2e8d1355
 def _place_labels(fig, ax, xs, ys, names, front=(), size=9.5):
     "Write each name beside its point, in the place that hits the fewest points, names and steps of the front"
-    fig.draw_without_rendering(); px = ax.transData.transform(np.c_[xs, ys]); frame = ax.get_window_extent(); u = fig.dpi/72
-    taken = [(x-5*u, y-5*u, x+5*u, y+5*u) for x,y in px] + _step_boxes(ax.transData.transform(front) if len(front) else [])
+    fig.draw_without_rendering(); px = ax.transData.transform(np.c_[xs, ys]); frame = ax.get_window_extent()
+    u = fig.dpi/72
+    taken = [(x-5*u, y-5*u, x+5*u, y+5*u) for x,y in px] + _step_boxes(ax.transData.transform(front) if len(front)
+        else [])
     hit = lambda a, b: not (a[2]<b[0] or b[2]<a[0] or a[3]<b[1] or b[3]<a[1])
     for (x,y),(px_x,px_y),n in zip(zip(xs, ys), px, names):
         if not n: continue
         w, h, options = len(n)*size*.6*u, size*1.1*u, []
-        for k,(dx,dy) in enumerate([(8,0), (-8,0), (7,9), (-7,9), (7,-9), (-7,-9), (0,12), (0,-12)] + [(sx*r, sy*r) for r in (16, 28, 42, 60) for sy in (1, -1) for sx in (.6, -.6)]):
+        for k,(dx,dy) in enumerate([(8,0), (-8,0), (7,9), (-7,9), (7,-9), (-7,-9), (0,12),
+                                    (0,-12)] + [(sx*r, sy*r) for r in (16, 28, 42, 60) for sy in (1, -1)
+                                                for sx in (.6, -.6)]):
             x0, y0 = px_x + dx*u - (w if dx<0 else 0 if dx else w/2), px_y + dy*u - h/2; b = (x0, y0, x0+w, y0+h)
-            options.append((20*(b[0]<frame.x0 or b[2]>frame.x1 or b[1]<frame.y0 or b[3]>frame.y1) + sum(hit(b, t) for t in taken), k, dx, dy, b))
+            options.append((20*(b[0]<frame.x0 or b[2]>frame.x1 or b[1]<frame.y0 or b[3]>frame.y1) + sum(hit(b, t)
+                for t in taken), k, dx, dy, b))
         _, _, dx, dy, b = min(options); taken.append(b)
         far = dict(arrowstyle='-', color='#999999', lw=.8, shrinkA=1, shrinkB=4) if abs(dy)>12 else None
-        t = ax.annotate(n, (x, y), (dx, dy), textcoords='offset points', fontsize=size, va='center', ha='right' if dx<0 else 'left' if dx else 'center', zorder=5, arrowprops=far)
+        t = ax.annotate(n, (x, y), (dx, dy), textcoords='offset points', fontsize=size, va='center',
+                        ha='right' if dx<0 else 'left' if dx else 'center', zorder=5, arrowprops=far)
         t.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground='white')]); t.set_in_layout(False)
 
 def _step_boxes(p):
     "The front's steps as thin boxes"
-    return [q for a,b in zip(p, p[1:]) for q in ((a[0], a[1]-1, b[0], a[1]+1), (b[0]-1, min(a[1], b[1]), b[0]+1, max(a[1], b[1])))]
+    return [q for a,b in zip(p, p[1:]) for q in ((a[0], a[1]-1, b[0], a[1]+1),
+                                                 (b[0]-1, min(a[1], b[1]), b[0]+1, max(a[1], b[1])))]
 
-# %% ../nbs/62_plots.ipynb #742d37dc
+# %% ../nbs/62_plots.ipynb #dc5a33b0
 def plot_curves(df,           # Records; their steps.jsonl are read
                 steps=None,   # Or the steps themselves: name, seed, step and a loss
                 y='loss'):
@@ -259,31 +306,41 @@ def plot_curves(df,           # Records; their steps.jsonl are read
     short = short_names(s['name']); fig, ax = _figure(4.8); ends = {}
     order = s.dropna(subset=[y]).groupby('name')[y].last().sort_values().index
     for i,name in enumerate(order):
-        g = s[(s['name']==name) & s[y].notna()]; p = g.pivot_table(index='step', columns='seed', values=y); col = LINES[i%len(LINES)]
+        g = s[(s['name']==name) & s[y].notna()]; p = g.pivot_table(index='step', columns='seed', values=y)
+        col = LINES[i%len(LINES)]
         few = len(order)<=len(LINES) or i<len(LINES)
-        m = p.mean(axis=1); ax.plot(p.index, m, color=col if few else '#CCCCCC', lw=2 if few else 1, ls=['-', (0,(6,1.5))][i//len(LINES)%2] if few else '-', label=short[name] if few else None, zorder=3 if few else 1)
+        m = p.mean(axis=1)
+        ax.plot(p.index, m, color=col if few else '#CCCCCC', lw=2 if few else 1,
+                ls=['-', (0,(6,1.5))][i//len(LINES)%2] if few else '-', label=short[name] if few else None,
+                zorder=3 if few else 1)
         if few and p.shape[1]>1: ax.fill_between(p.index, p.min(axis=1), p.max(axis=1), color=col, alpha=.15, lw=0)
         if few and 'val_loss' in g and y=='loss' and g['val_loss'].notna().any():
             v = g.groupby('step')['val_loss'].mean().dropna(); ax.plot(v.index, v, 'o--', color=col, lw=1.2, ms=4)
         tail = p.iloc[-max(1, len(p)//10):].mean(); ends[name] = (tail.mean(), tail.min(), tail.max())
-    ax.set_xlabel('optimizer step'); ax.set_ylabel(f'{"training loss [nats per token]" if y=="loss" else y}; down is better')
+    ax.set_xlabel('optimizer step')
+    ax.set_ylabel(f'{"training loss [nats per token]" if y=="loss" else y}; down is better')
     _legend(ax, title=None if len(order)<=len(LINES) else f'lowest {len(LINES)} of {len(order)}')
     if s[y].min()>0 and s[y].max()/s[y].min()>5:
         _log_axis(ax, ax.yaxis, ax.set_yscale)
     many = s.groupby('name')['seed'].nunique().max()>1
-    _title(fig, ax, _claim_curves(ends, short), ('mean over seeds, shaded: their range' if many else 'one seed each') + ('; dots: validation loss' if 'val_loss' in s and s['val_loss'].notna().any() else '') + '; ends: last tenth of the steps')
+    _title(fig, ax, _claim_curves(ends, short), ('mean over seeds, shaded: their range' if many
+                                                 else 'one seed each') + ('; dots: validation loss' if 'val_loss' in s
+                                                     and s['val_loss'].notna().any()
+                                                     else '') + '; ends: last tenth of the steps')
     return fig
 
 def _claim_curves(ends, short):
     best = min(ends, key=lambda n: ends[n][0]); tied = [n for n in ends if ends[n][1]<=ends[best][2]]
     if len(ends)==1: return f'{short[best]} ends at a loss of {ends[best][0]:.3g}'
     if len(tied)==1: return f'{short[best]} ends with the lowest training loss, {ends[best][0]:.3g}'
-    return f'all {len(tied)} end with much the same training loss' if len(tied)==len(ends) else f'{len(tied)} of {len(ends)} end with the lowest training loss, their ranges overlap'
+    if len(tied)==len(ends): return f'all {len(tied)} end with much the same training loss'
+    return f'{len(tied)} of {len(ends)} end with the lowest training loss, their ranges overlap'
 
-# %% ../nbs/62_plots.ipynb #5f462976
+# %% ../nbs/62_plots.ipynb #9ade1626
 def _svg(fig, salt='flow2lab'):
     out = io.BytesIO()
-    with mpl.rc_context({'svg.hashsalt': salt}): fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None})
+    with mpl.rc_context({'svg.hashsalt': salt}):
+        fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None})
     return out.getvalue()
 
 def save_figure(fig, stem, dpi=150):
@@ -291,12 +348,14 @@ def save_figure(fig, stem, dpi=150):
     png = io.BytesIO(); fig.savefig(png, format='png', dpi=dpi, metadata={'Software': None})
     return [atomic_write(Path(f'{stem}.svg'), _svg(fig)), atomic_write(Path(f'{stem}.png'), png.getvalue())]
 
-# %% ../nbs/62_plots.ipynb #f9de087b
+# %% ../nbs/62_plots.ipynb #f9654dc5
 _page = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
-<style>body{{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;max-width:900px;margin:2rem auto;padding:0 1rem}}
-h1{{font-size:1.7rem}} h2{{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}} svg{{max-width:100%;height:auto}}
-.table{{overflow-x:auto}} pre{{background:#f6f6f6;padding:.7rem;overflow-x:auto}} nav a{{margin-right:1rem}}</style></head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body{{font:16px/1.55 system-ui,"Segoe UI",sans-serif;color:#222;max-width:900px;margin:2rem auto;padding:0 1rem}}
+h1{{font-size:1.7rem}} h2{{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}}
+svg{{max-width:100%;height:auto}} figure{{margin:1.4rem 0}} .table{{overflow-x:auto}} nav a{{margin-right:1rem}}
+</style></head>
 <body><h1>{title}</h1>
 <nav>{nav}</nav>
 {body}
@@ -306,7 +365,7 @@ h1{{font-size:1.7rem}} h2{{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px
 def _to_html(x, salt):
     "Anything that may stand in a section, as HTML"
     if isinstance(x, Figure):
-        svg = _svg(x, salt).decode(); return '<figure style="margin:0">' + svg[svg.index('<svg'):] + '</figure>'
+        svg = _svg(x, salt).decode(); return '<figure>' + svg[svg.index('<svg'):] + '</figure>'
     if isinstance(x, pd.DataFrame): return f'<div class="table">{_frame_html(x, salt)}</div>'
     if hasattr(x, '_repr_html_'): return f'<div class="table">{x._repr_html_()}</div>'
     if isinstance(x, (list, tuple)): return '<ul>' + ''.join(f'<li>{html.escape(str(i))}</li>' for i in x) + '</ul>'
@@ -316,27 +375,35 @@ def _frame_html(df, salt):
     from great_tables import GT
     t = df.copy()
     for c in t: t[c] = [fmt(v) if isinstance(v, float) else '' if v is None else str(v) for v in t[c]]
-    return GT(t, id=re.sub(r'\W+', '-', salt)).cols_align('right', [c for c in df if pd.api.types.is_numeric_dtype(df[c])]).tab_options(table_font_size='14px', data_row_padding='4px').as_raw_html()
+    numbers = [c for c in df if pd.api.types.is_numeric_dtype(df[c])]
+    gt = GT(t, id=re.sub(r'\W+', '-', salt)).cols_align('right', numbers)
+    return gt.tab_options(table_font_size='14px', data_row_padding='4px').as_raw_html()
 
 def html_report(path,        # Where to, .html
                 title,
                 sections):   # [(heading, text, Figure, DataFrame, Comparison, list ...), ...]
     "One self-contained HTML page; returns its path"
     anchors = [re.sub(r'\W+', '-', h.lower()).strip('-') for h,*_ in sections]
-    body = '\n'.join(f'<h2 id="{a}">{html.escape(h)}</h2>\n' + '\n'.join(_to_html(x, f'{a}-{i}') for i,x in enumerate(xs) if x is not None) for a,(h,*xs) in zip(anchors, sections))
-    nav = ''.join(f'<a href="#{a}">{html.escape(h)}</a>' for a,(h,*_) in zip(anchors, sections))
+    head = lambda a, h: f'<h2 id="{a}">{html.escape(h)}</h2>\n' if h else ''
+    body = '\n'.join(head(a, h) + '\n'.join(_to_html(x, f'{a}-{i}') for i,x in enumerate(xs) if x is not None)
+                     for a,(h,*xs) in zip(anchors, sections))
+    nav = ''.join(f'<a href="#{a}">{html.escape(h)}</a>' for a,(h,*_) in zip(anchors, sections) if h)
     return atomic_write(Path(path), _page.format(title=html.escape(title), nav=nav, body=body))
 
-# %% ../nbs/62_plots.ipynb #51bec953
+# %% ../nbs/62_plots.ipynb #b72fd213
 def report_sections(df, items=None,
-                    metrics=None):   # Which to show; all that are no cost if None
+                    metrics=None):   # Which to show; one for each task if None
     "Sections for `html_report`: best by category, then each metric's table and plots, costs and curves"
-    metrics = metrics or [m for m in metric_names(df) if m.split('/')[0] not in ('train','eval','bench') and df[m].notna().any()]
-    best = best_by(df, items, {**{f'best {m}': m for m in metrics}, **{k: m for k,m in (('least training memory', 'train/peak_memory'), ('fastest training', 'train/seconds')) if m in df and df[m].notna().any()}})
+    metrics = metrics or quality_metrics(df)
+    best = best_by(df, items, {**{f'best {m}': m for m in metrics},
+                               **{k: m for k,m in (('least training memory', 'train/peak_memory'),
+                                                   ('fastest training', 'train/seconds')) if m in df
+                                                   and df[m].notna().any()}})
     best['value'] = [fmt(v, u) for v,u in zip(best['value'], best.pop('unit'))]
-    out = [('Best by category', best)]
+    out = [('Best by category', best.rename(columns={'tied_with': 'tied with'}))]
     for m in metrics:
-        c = compare(df, items, m); figs = [plot_leaderboard(c)] + ([plot_differences(c)] if c.differences is not None else [])
+        c = compare(df, items, m)
+        figs = [plot_leaderboard(c)] + ([plot_differences(c)] if c.differences is not None else [])
         if 'memory' in c.rows and (c.rows['memory']>0).any(): figs.append(plot_pareto(c))
         out.append((m, c.claim()[:1].upper()+c.claim()[1:]+'.', c, *figs))
     if 'r' in df and df[df['status']=='ok']['r'].nunique()>2: out.append(('Rank', plot_rank(df, items, metrics[0])))

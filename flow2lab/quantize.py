@@ -10,16 +10,16 @@ __all__ = ['QuantMethod', 'QuantizationSpec', 'parse_tag', 'quant_spec', 'tag_qu
            'check_combination', 'dense_weight', 'dense', 'merge', 'load_base', 'trained_weights', 'tokenizer_of',
            'start', 'pack', 'apply', 'save_quantized', 'load_quantized']
 
-# %% ../nbs/40_quantize.ipynb #8e22c9b1
+# %% ../nbs/40_quantize.ipynb #278f225b
 import contextlib, copy, json, logging, os, re, tempfile, warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import Spec, UserError, atomic_dir, bound_args, check_names, method, output_path, quantizer, relative, to_json
+from .core import Spec, UserError, atomic_dir, bound_args, method, output_path, quantizer, relative, to_json
 from .methods import CertificateError, adapted_layers, bare, hold, is_quantized, linear_layers, load_adapter, low_bit, repacked
 
-# %% ../nbs/40_quantize.ipynb #1931fe7f
+# %% ../nbs/40_quantize.ipynb #40365a75
 class QuantMethod(str, Enum):
     "How the weights of the linear layers are held"
     NoQuant = 'NoQuant'
@@ -51,9 +51,12 @@ _usual = {'NF4': QuantizationSpec(QuantMethod.BNB4BIT, format='nf4', **_4bit), '
           'INT8': QuantizationSpec(QuantMethod.INT8, 8, 8, 'int8'), 'TORCHAO_INT8': QuantizationSpec(QuantMethod.TORCHAO_INT8, 8, 16, 'int8'),
           'DYNAMIC_INT8': QuantizationSpec(QuantMethod.DYNAMIC_INT8, 8, 8, 'int8')}
 
-def _usual_of(name, bits): return _usual[f'QLORA{bits}' if name=='QLORA' else name]
+def _usual_of(name, bits):
+    "The usual form under a tag's first word, None where there is no such thing in `bits` bits"
+    u = _usual.get(f'QLORA{bits}' if name=='QLORA' else '' if name.startswith('QLORA') else name)
+    return u if u and u.weights==bits else None
 
-# %% ../nbs/40_quantize.ipynb #7c2796cd
+# %% ../nbs/40_quantize.ipynb #dc7e8142
 def _tag(q):
     name = q.format.upper() if q.method is QuantMethod.BNB4BIT else q.method.value
     u = _usual_of(name, q.weights)
@@ -67,12 +70,11 @@ _grammar = re.compile(r'(?P<name>[A-Z0-9_]+?)_w(?P<w>\d+)(a(?P<a>\d+))?(_(?P<for
 def parse_tag(tag:str):
     "The QuantizationSpec that `tag` names; `UserError` for what is no tag"
     if tag=='NoQuant': return QuantizationSpec()
-    first, _, after = tag.partition('+')
-    m = _grammar.fullmatch(first)
-    if not m or f'QLORA{m["w"]}' not in _usual and m['name']=='QLORA' or m['name'] not in [*_usual, 'QLORA'] or after=='NoQuant':
+    first, plus, after = tag.partition('+')
+    m = _grammar.fullmatch(first); u = m and _usual_of(m['name'], int(m['w']))
+    if not u or plus and after in ('', 'NoQuant'):
         raise UserError(f'"{tag}" is no quantization tag. A tag looks like QLORA_w4_headbf16, NF4_w4_dq_headbf16 or NoQuant.')
-    u = _usual_of(m['name'], int(m['w']))
-    return replace(u, weights=int(m['w']), activations=int(m['a'] or u.activations), format=m['format'] or u.format, group=int(m['g'] or u.group),
+    return replace(u, activations=int(m['a'] or u.activations), format=m['format'] or u.format, group=int(m['g'] or u.group),
                    double_quant=bool(m['dq']), head=m['head'], compute=m['c'] or m['head'], then=parse_tag(after) if after else None)
 
 def quant_spec(name, args):
@@ -323,7 +325,7 @@ def merge(model,             # With an adapter, on any base; or quantized, to be
     if (e := _rel(_probe(merged), want)) > exact: raise CertificateError(f'merge: relative error {e:.2g} in fp32, {exact:.0e} allowed')
     return merged.to(pick_dtype(dtype)).eval()
 
-# %% ../nbs/40_quantize.ipynb #ce4ddae0
+# %% ../nbs/40_quantize.ipynb #66ca63c2
 def load_base(spec,          # Says base, base_quant and base_quant_args
               base=None,     # To load instead of spec.base, e.g. the folder of the run that spec.base names
               **kw):         # To load_model, when nothing is quantized
@@ -354,7 +356,8 @@ def start(spec):
     return quantizer[spec.base_quant](model, None, **spec.base_quant_args) if spec.base_quant else model
 
 def pack(model):
-    "Let bitsandbytes repack 4-bit layers for the CPU; no training, merging or saving after that"
+    "Let bitsandbytes repack 4-bit layers for the CPU; no training, merging or saving after that. Not under DoRA, which reads the weights"
+    if any('lora_magnitude_vector' in n for n,_ in model.named_modules()): return model
     if bare(model).device.type=='cpu' and any(hasattr(m, 'support_avx512bf16_for_cpu') for m in model.modules()):
         model.disk_bytes = size_on_disk(model); hold(model, False)
     return model

@@ -6,17 +6,18 @@ Docs: https://flow2lab.github.io/flow2lab/records.html.md"""
 
 # %% auto #0
 __all__ = ['STATUS', 'ITEMS', 'FORMATS', 'metric', 'run_folder', 'save', 'read_run', 'run_status', 'is_ok', 'metric_names',
-           'run_folders', 'find_records', 'load_records', 'load_items', 'item_rows', 'load_steps', 'summary',
-           'load_any', 'find_metric', 'save_benchmark']
+           'run_folders', 'find_records', 'load_records', 'training_cost', 'load_items', 'item_rows', 'load_steps',
+           'summary', 'load_any', 'is_cost', 'quality_metrics', 'find_metric', 'save_benchmark']
 
-# %% ../nbs/60_records.ipynb #dd6718ca
+# %% ../nbs/60_records.ipynb #74755bfe
 import errno, json, math, os, re, shutil, warnings
+from functools import lru_cache
 import numpy as np, pandas as pd
 from pathlib import Path
-from .core import (UserError, atomic_dir, atomic_write, check_names, hardware, hash_of, nearest, project_path, provenance,
-                           relative, results_path, setting, to_json, versions)
+from .core import (Spec, UserError, atomic_dir, atomic_write, check_names, hardware, hash_of, nearest, project_path,
+                           provenance, relative, results_path, setting, task, to_json, versions)
 
-# %% ../nbs/60_records.ipynb #aadbe3db
+# %% ../nbs/60_records.ipynb #52e237a8
 def metric(value,          # A number; None or not finite is kept as None
            unit='',        # fraction, bytes, s, tokens/s, ...
            direction='',   # max or min: which is better
@@ -24,7 +25,8 @@ def metric(value,          # A number; None or not finite is kept as None
            ci95=None):     # Its 95% interval, [low, high]
     "One measured value as the records keep it"
     v = None if value is None or not math.isfinite(value) else float(value)
-    d = dict(value=v, unit=unit, direction=direction, n=None if n is None else int(n), ci95=None if ci95 is None else [float(c) for c in ci95])
+    d = dict(value=v, unit=unit, direction=direction, n=None if n is None else int(n),
+             ci95=None if ci95 is None else [float(c) for c in ci95])
     return {k: v for k,v in d.items() if v is not None or k=='value'}
 
 def _metrics(ms): return {k: metric(**m) if isinstance(m, dict) else metric(m) for k,m in ms.items()}
@@ -49,7 +51,7 @@ def _items_table(items):
     types = dict(score=pa.float64(), seconds=pa.float64(), truncated=pa.bool_(), unparsed=pa.bool_())
     return pa.table({c: pa.array(t[c].tolist(), types.get(c, pa.string()), from_pandas=True) for c in ITEMS})
 
-# %% ../nbs/60_records.ipynb #e8cd0d3b
+# %% ../nbs/60_records.ipynb #295e85f6
 def _write_run(t, spec, record, items, steps, env, notebook):
     "Write the files of one run into the folder `t`"
     (t/'spec.json').write_text(to_json(dict(spec.to_dict(), id=spec.id, name=spec.name), 1), encoding='utf-8')
@@ -58,15 +60,16 @@ def _write_run(t, spec, record, items, steps, env, notebook):
         import pyarrow.parquet as pq
         pq.write_table(_items_table(items), t/'items.parquet', compression='zstd')
     if isinstance(steps, (str, Path)): shutil.copyfile(steps, t/'steps.jsonl')
-    elif steps is not None: (t/'steps.jsonl').write_text(''.join(to_json(_finite(s))+'\n' for s in steps), encoding='utf-8')
+    elif steps is not None:
+        (t/'steps.jsonl').write_text(''.join(to_json(_finite(s))+'\n' for s in steps), encoding='utf-8')
     if notebook: shutil.copyfile(notebook, t/'notebook.ipynb')
     (t/'metrics.json').write_text(to_json(record, 1), encoding='utf-8')
 
 def _finite(d): return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in d.items()}
 
-# %% ../nbs/60_records.ipynb #82ece86e
+# %% ../nbs/60_records.ipynb #24e7c022
 def save(spec,              # The Spec that ran
-         metrics,           # {name: metric(...) or a float}, e.g. {'nano_math/accuracy': metric(.61, 'fraction', 'max', n=200)}
+         metrics,           # {name: metric(...) or a float}, such as {'nano_math/accuracy': metric(.61, 'fraction')}
          items=None,        # Rows or DataFrame, one per evaluated item, with the columns ITEMS
          steps=None,        # Rows of the training curve, or the path of a steps.jsonl
          env=None,          # Provenance; taken now if None
@@ -80,12 +83,14 @@ def save(spec,              # The Spec that ran
     check_names('status', [status], STATUS)
     folder = Path(folder) if folder else run_folder(study, spec)
     if is_ok(folder): return folder
-    record = dict(id=spec.id, name=spec.name, status=status, metrics=_metrics(metrics), certificate=certificate or {}, message=message)
+    record = dict(id=spec.id, name=spec.name, status=status, metrics=_metrics(metrics), certificate=certificate or {},
+                  message=message)
     try:
         with atomic_dir(folder) as t: _write_run(t, spec, record, items, steps, env, notebook)
     except OSError as e:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST) and is_ok(folder): return folder     # another process was first
-        raise UserError(f'{relative(folder)}: cannot write the record ({e.strerror or e}). Nothing was changed; free some space or choose another place.') from e
+        raise UserError(f'{relative(folder)}: cannot write the record ({e.strerror or e}). Nothing was changed; free '
+                        f'some space or choose another place.') from e
     return folder
 
 # %% ../nbs/60_records.ipynb #c95ad3f8
@@ -114,13 +119,14 @@ def run_status(folder):
 
 def is_ok(folder): return run_status(folder)=='ok'
 
-# %% ../nbs/60_records.ipynb #fd101849
+# %% ../nbs/60_records.ipynb #73966eb3
 def _lineage(spec):
     "The Spec (as dict) and those it starts from"
     while isinstance(spec, dict): yield spec; spec = spec.get('base')
 
 def _seedless(spec):
-    return {k: _seedless(v) if k=='base' and isinstance(v, dict) else v for k,v in spec.items() if k not in ('seed','id','name')}
+    return {k: _seedless(v) if k=='base' and isinstance(v, dict) else v for k,v in spec.items()
+            if k not in ('seed','id','name')}
 
 def _spec_fields(spec):
     "The columns that a Spec gives to its row"
@@ -128,17 +134,19 @@ def _spec_fields(spec):
     trained = next((s for s in line if s.get('task')), {})
     quants = [s['quant'] for s in line if s.get('quant')]
     row = dict(base=str(line[-1].get('base', '')), task=trained.get('task', ''), method=trained.get('method', ''),
-               base_quant=next((s['base_quant'] for s in line if s.get('base_quant')), ''), quant=quants[0] if quants else '',
-               backend=spec.get('backend', ''), seed=trained.get('seed', spec['seed']), trained=bool(trained), variant=hash_of(_seedless(spec)))
+               base_quant=next((s['base_quant'] for s in line if s.get('base_quant')), ''),
+               quant=quants[0] if quants else '',
+               backend=spec.get('backend', ''), seed=trained.get('seed', spec['seed']), trained=bool(trained),
+               variant=hash_of(_seedless(spec)))
     row.update({k if k not in row else f'method.{k}': v for k,v in trained.get('method_args', {}).items()})
     for part in 'train', 'task_args': row.update({f'{part}.{k}': v for k,v in trained.get(part, {}).items()})
     return row
 
-# %% ../nbs/60_records.ipynb #0a5d4a54
+# %% ../nbs/60_records.ipynb #c4ae7aea
 _first = 'id name status base task method r base_quant quant backend seed'.split()
 
 def _frame(rows):
-    "Rows as a DataFrame: known columns first, metrics after the fields, `metrics` (unit, direction, n, interval of each) last"
+    "Rows as a DataFrame: fields, then one column a metric, then `metrics` with the unit, n and interval of each"
     fields = list(dict.fromkeys(_first + [k for r in rows for k in r if k!='metrics']))
     cols = sorted({k for r in rows for k in r['metrics']})
     data = {c: [r.get(c) for r in rows] for c in fields}
@@ -152,7 +160,7 @@ def metric_names(df):
     known = dict.fromkeys(k for m in df['metrics'] for k in m) if 'metrics' in df else [c for c in df if '/' in c]
     return sorted(k for k in known if k in df)
 
-# %% ../nbs/60_records.ipynb #6036367c
+# %% ../nbs/60_records.ipynb #95284b9b
 def run_folders(path):
     "Paths of the run folders in and below `path`"
     path = str(path)
@@ -168,9 +176,11 @@ def run_folders(path):
 
 def find_records(path):
     "A folder given as it is, from the project root, or by the name of a study in the results or the reference records"
-    for p in (Path(path).expanduser(), project_path(path), results_path(path), project_path(setting('reference'), path)):
+    for p in (Path(path).expanduser(), project_path(path), results_path(path),
+              project_path(setting('reference'), path)):
         if p.exists(): return p
-    raise UserError(f'{path}: no such file, folder or study. Looked from here, from the project root, in {setting("results")} and in {setting("reference")}.')
+    raise UserError(f'{path}: no such file, folder or study. Looked from here, from the project root, in '
+                    f'{setting("results")} and in {setting("reference")}.')
 
 def load_records(*paths):
     "A DataFrame with one row for each whole run below `paths` (studies, folders; all results if none are given)"
@@ -180,21 +190,31 @@ def load_records(*paths):
             try: rec, spec = read_run(f)
             except ValueError as e: warnings.warn(f'{relative(f)}: {e}. Skipped.', stacklevel=2); continue
             rows.setdefault(rec['id'], dict(_spec_fields(spec), id=rec['id'], name=rec['name'], status=rec['status'],
-                                            message=rec.get('message', ''), folder=f, format='flow2lab', metrics=rec['metrics']))
+                                            message=rec.get('message', ''), folder=f, format='flow2lab',
+                                            metrics=rec['metrics']))
     return _frame(list(rows.values()))
 
-# %% ../nbs/60_records.ipynb #3b25f33e
+# %% ../nbs/60_records.ipynb #ec27c890
+def training_cost(spec, study):
+    "The `train/...` metrics of the run that `spec` starts from; empty when its base is no Spec or has no record"
+    if not isinstance(spec.base, Spec): return {}
+    try: rec, _ = read_run(run_folder(study, spec.base))
+    except ValueError: return {}
+    return {k: v for k,v in rec['metrics'].items() if k.startswith('train/')}
+
+# %% ../nbs/60_records.ipynb #3a6936fc
 def load_items(paths,          # A records DataFrame, or what `load_records` takes
                columns=None,   # Of ITEMS; all if None
                task=None):     # Keep the items of this task only
     "One row for each evaluated item of each run, with the run's `id`, `name` and `seed`"
-    df = paths if isinstance(paths, pd.DataFrame) else load_records(*([paths] if isinstance(paths, (str, Path)) else paths))
+    one = isinstance(paths, (str, Path))
+    df = paths if isinstance(paths, pd.DataFrame) else load_records(*([paths] if one else paths))
     cols = list(columns or ITEMS); check_names('items column', cols, ITEMS)
     run, t = item_rows(df, cols, task)
     return pd.concat([df.iloc[run][['id','name','seed']].reset_index(drop=True), t], axis=1)
 
 def item_rows(df, cols, task=None):
-    "(position in `df` of each item's run, DataFrame of the items): what `load_items` joins, for those who need no names"
+    "(position in `df` of each item's run, DataFrame of the items): what `load_items` joins"
     files = {os.path.join(f, 'items.parquet'): i for i,f in enumerate(df.get('folder', [])) if isinstance(f, str)}
     files = {f: i for f,i in files.items() if os.path.exists(f)}
     if not files: return np.empty(0, int), pd.DataFrame(columns=cols)
@@ -209,7 +229,8 @@ def _read_items(files, cols, task):
     import duckdb
     def read(fs):
         with duckdb.connect() as c:
-            return c.sql(f'select filename as _file, {", ".join(cols)} from read_parquet(?, filename=true)' + (' where task = ?' if task else ''),
+            q = f'select filename as _file, {", ".join(cols)} from read_parquet(?, filename=true)'
+            return c.sql(q + (' where task = ?' if task else ''),
                          params=[fs] + ([task] if task else [])).to_arrow_table()
     try: return read(files), []
     except duckdb.Error: pass
@@ -225,7 +246,7 @@ def _parquet_fault(f, cols):
     except Exception as e: return f'no readable Parquet ({str(e).splitlines()[0]})'
     return f'no column {sorted(lost)}' if lost else None
 
-# %% ../nbs/60_records.ipynb #04df3f64
+# %% ../nbs/60_records.ipynb #f70329fd
 def load_steps(df):
     "The training curves of a records DataFrame: `id`, `name`, `seed`, and what each line of steps.jsonl says"
     out = []
@@ -237,7 +258,8 @@ def _steps_of(folder, format):
     if not isinstance(folder, str): return
     if format=='peft':
         for m in json.loads(Path(folder).read_text(encoding='utf-8'))['train_info']['metrics']:
-            if 'valid accuracy' in m: yield dict(step=m['step'], loss=m.get('train loss'), val_accuracy=m['valid accuracy'])
+            if 'valid accuracy' in m:
+                yield dict(step=m['step'], loss=m.get('train loss'), val_accuracy=m['valid accuracy'])
         return
     f = Path(folder)/'steps.jsonl'
     if not f.is_file(): return
@@ -245,21 +267,23 @@ def _steps_of(folder, format):
         try: yield json.loads(line)
         except ValueError: warnings.warn(f'{relative(f)}:{i}: no JSON. Line skipped.', stacklevel=3)
 
-# %% ../nbs/60_records.ipynb #dc21f9e4
+# %% ../nbs/60_records.ipynb #cd35ef6a
 def summary(study):       # Name of a study under the results, or a folder
     "Rebuild `metrics_summary.csv` from the run folders of `study`; returns its path"
     root = find_records(study)
     df = load_records(root)
-    drop = [c for c in ('metrics','folder','format','trained') if c in df] + [c for c in df if df[c].isna().all() and c not in _first]
+    empty = [c for c in df if df[c].isna().all() and c not in _first]
+    drop = [c for c in ('metrics','folder','format','trained') if c in df] + empty
     df = df.drop(columns=drop).assign(folder=[os.path.relpath(f, root).replace(os.sep, '/') for f in df.folder])
     return atomic_write(root/'metrics_summary.csv', df.to_csv(index=False, lineterminator='\n'))
 
-# %% ../nbs/60_records.ipynb #3b18a381
+# %% ../nbs/60_records.ipynb #13416e76
 def _need(d, path, file, kind=(dict, list, str, int, float)):
     "The value at `path` (e.g. `train_info.status`) of a parsed file; `UserError` with file and field if there is none"
     at = d
     for k in path.split('.'):
-        if not isinstance(at, dict) or k not in at: raise UserError(f'{relative(file)}: no field "{path}". Is it a result file of the tool you named?')
+        if not isinstance(at, dict) or k not in at:
+            raise UserError(f'{relative(file)}: no field "{path}". Is it a result file of the tool you named?')
         at = at[k]
     if not isinstance(at, kind) or isinstance(at, bool):
         names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
@@ -275,24 +299,36 @@ def _peft(d, file, n=None):
     "A row from a result file of PEFT's method_comparison"
     t, c = _need(d, 'train_info', file, dict), _need(d, 'run_info.train_config', file, dict)
     error, p = d['run_info'].get('error_msg') or '', d['run_info'].get('peft_config') or {}
-    status = 'ok' if _need(d, 'train_info.status', file, str)=='success' else 'oom' if 'out of memory' in error.lower() else 'failed'
-    last = next((m for m in reversed(_need(d, 'train_info.metrics', file, list)) if isinstance(m, dict) and 'test accuracy' in m), None)
-    if status=='ok' and last is None: raise UserError(f'{relative(file)}: field "train_info.metrics" has no entry with "test accuracy". Is the run complete?')
+    done = _need(d, 'train_info.status', file, str)=='success'
+    status = 'ok' if done else 'oom' if 'out of memory' in error.lower() else 'failed'
+    steps = [m for m in _need(d, 'train_info.metrics', file, list) if isinstance(m, dict) and 'test accuracy' in m]
+    last = steps[-1] if steps else None
+    if status=='ok' and last is None:
+        raise UserError(f'{relative(file)}: field "train_info.metrics" has no entry with "test accuracy". Is the run '
+                        f'complete?')
     last = last or {}
-    ms = {'train/peak_memory': (t.get('accelerator_memory_max'), 'bytes', 'min'), 'train/mean_memory': (t.get('accelerator_memory_reserved_avg'), 'bytes', 'min'),
-          'train/seconds': (t.get('train_time'), 's', 'min'), 'train/trainable': (t.get('num_trainable_params'), 'parameters', 'min'),
-          'train/size': (t.get('file_size'), 'bytes', 'min'), 'train/steps': (last.get('step'), 'steps', ''), 'train/loss': (last.get('train loss'), 'nats', 'min'),
-          'train/tokens': (last.get('train total tokens'), 'tokens', ''), 'test/forgetting': (last.get('forgetting'), 'nats', 'min')}
+    ms = {'train/peak_memory': (t.get('accelerator_memory_max'), 'bytes', 'min'),
+          'train/mean_memory': (t.get('accelerator_memory_reserved_avg'), 'bytes', 'min'),
+          'train/seconds': (t.get('train_time'), 's', 'min'),
+          'train/trainable': (t.get('num_trainable_params'), 'parameters', 'min'),
+          'train/size': (t.get('file_size'), 'bytes', 'min'), 'train/steps': (last.get('step'), 'steps', ''),
+          'train/loss': (last.get('train loss'), 'nats', 'min'),
+          'train/tokens': (last.get('train total tokens'), 'tokens', ''),
+          'test/forgetting': (last.get('forgetting'), 'nats', 'min')}
     for k,(v,*_) in ms.items():
-        if v is not None and not isinstance(v, (int, float)): raise UserError(f'{relative(file)}: the value for {k} is {v!r:.40}, not a number.')
+        if v is not None and not isinstance(v, (int, float)):
+            raise UserError(f'{relative(file)}: the value for {k} is {v!r:.40}, not a number.')
     ms = {k: metric(*v) for k,v in ms.items() if v[0] is not None}
-    if last: ms['test/accuracy'] = metric(_fraction(last['test accuracy'], 'train_info.metrics: test accuracy', file), 'fraction', 'max', n=n or 1319)
+    if last:
+        ms['test/accuracy'] = metric(_fraction(last['test accuracy'], 'train_info.metrics: test accuracy', file),
+                                     'fraction', 'max', n=n or 1319)
     name = d['run_info'].get('experiment_name') or Path(file).stem
-    return [dict(name=name, status=status, message=error, base=c.get('model_id', ''), task='metamathqa', method=(p.get('peft_type') or 'full').lower(),
+    return [dict(name=name, status=status, message=error, base=c.get('model_id', ''), task='metamathqa',
+                 method=(p.get('peft_type') or 'full').lower(),
                  r=p.get('r'), seed=c.get('seed', 0), trained=True, format='peft', metrics=ms)]
 
-# %% ../nbs/60_records.ipynb #4b0a256c
-_lower = re.compile(r'perplexity|ppl|bits_per_byte|loss|brier|likelihood_diff|pct_stereotype|(^|_)(ter|wer|cer)$|forgetting')
+# %% ../nbs/60_records.ipynb #7b92a4a1
+_lower = re.compile(r'perplexity|ppl|bits_per_byte|loss|brier|likelihood_diff|pct_stereotype|(^|_)(ter|wer|cer)$')
 _share = re.compile(r'^(acc|acc_norm|acc_bytes|exact_match|em|pct_stereotype|mc1|f1|accuracy|likelihood_diff_acc)$')
 
 def _lm_metric(key, value, se, n, higher=None):
@@ -305,28 +341,33 @@ def _lm_metric(key, value, se, n, higher=None):
 
 def _lm_name(args, file, model=''):
     "The model's name, with its revision or adapter: pythia-70m@step1000"
-    kv = dict(a.split('=', 1) for a in args.split(',') if '=' in a) if isinstance(args, str) else args if isinstance(args, dict) else {}
+    kv = dict(a.split('=', 1) for a in args.split(',') if '=' in a) if isinstance(args, str) else args or {}
     name = str(kv.get('pretrained') or kv.get('model') or model or Path(file).stem).rstrip('/').split('/')[-1]
-    return name + ''.join(f'{sep}{Path(str(kv[k])).name}' for sep,k in (('@','revision'), ('+','peft'), ('+','gguf_file')) if kv.get(k) and kv[k]!='main')
+    more = {k: kv[k] for k in ('revision','peft','gguf_file') if kv.get(k, 'main')!='main'}
+    return name + ''.join(('@' if k=='revision' else '+') + Path(str(v)).name for k,v in more.items())
 
 def _lm_eval(d, file, n=None):
     "A row from a result JSON of lm-evaluation-harness, old (`acc`) or new (`acc,none`)"
     ms, higher = {}, d.get('higher_is_better') or {}
     for task,res in _need(d, 'results', file, dict).items():
-        if not isinstance(res, dict): raise UserError(f'{relative(file)}: field "results.{task}" is {res!r:.40}, not an object.')
+        if not isinstance(res, dict):
+            raise UserError(f'{relative(file)}: field "results.{task}" is {res!r:.40}, not an object.')
         size = ((d.get('n-samples') or {}).get(task) or {}).get('effective')
         for k,v in res.items():
             key, _, filt = k.partition(',')
             if key=='alias' or key.endswith('_stderr') or v=='N/A' or isinstance(v, dict): continue
-            if isinstance(v, bool) or not isinstance(v, (int, float)): raise UserError(f'{relative(file)}: field "results.{task}.{k}" is {v!r:.40}, not a number.')
+            if isinstance(v, bool) or not isinstance(v, (int, float)):
+                raise UserError(f'{relative(file)}: field "results.{task}.{k}" is {v!r:.40}, not a number.')
             se = res.get(f'{key}_stderr' + (f',{filt}' if filt else ''))
             se = se if isinstance(se, (int, float)) and math.isfinite(se) else None
-            ms[f'{task}/{key}' + (f',{filt}' if filt not in ('', 'none') else '')] = _lm_metric(key, v, se, size or (n if not se else None), (higher.get(task) or {}).get(key))
+            ms[f'{task}/{key}' + (f',{filt}' if filt not in ('', 'none') else '')] = _lm_metric(key, v, se,
+                size or (n if not se else None), (higher.get(task) or {}).get(key))
     cfg = d.get('config') if isinstance(d.get('config'), dict) else {}
     name = _lm_name(cfg.get('model_args'), file, d.get('model_name') or '')
-    return [dict(name=name, status='ok', base=name, task='', method='', seed=cfg.get('random_seed') or 0, format='lm-eval', metrics=ms)]
+    return [dict(name=name, status='ok', base=name, task='', method='', seed=cfg.get('random_seed') or 0,
+                 format='lm-eval', metrics=ms)]
 
-# %% ../nbs/60_records.ipynb #cb3dbd2f
+# %% ../nbs/60_records.ipynb #74ade020
 _headline = re.compile(r'\((?P<args>(?:pretrained|model)=[^)]*)\).*?limit: (?P<limit>[\d.]+|None)')
 _filename = re.compile(r'_(?P<limit>\d+)_\w+?_pretrained-(?P<name>.+?)(?:-dtype-|-device-|$)')
 
@@ -339,10 +380,13 @@ def _table_rows(text, file):
         if not line.lstrip().startswith('|') or set(line) <= set('|-: '): continue
         c = _cells(line)
         if c[0] in ('Tasks', 'Groups', 'Task'): cols = c; continue
-        if cols is None: raise UserError(f'{relative(file)}:{i}: a row before the header "Tasks". Is it the table that lm-evaluation-harness prints?')
+        if cols is None:
+            raise UserError(f'{relative(file)}:{i}: a row before the header "Tasks". Is it the table that '
+                            f'lm-evaluation-harness prints?')
         r = dict(zip(cols, c))
         if len(c)!=len(cols) or not {'Metric','Value'} <= set(r):
-            raise UserError(f'{relative(file)}:{i}: {len(c)} cells under {len(cols)} columns, or no column "Metric" or "Value".')
+            raise UserError(f'{relative(file)}:{i}: {len(c)} cells under {len(cols)} columns, or no column "Metric" '
+                            f'or "Value".')
         yield i, r, {'↑': True, '↓': False}.get(c[(cols.index('Metric')+1) % len(c)])
 
 def _lm_table(text, file, n=None):
@@ -357,14 +401,19 @@ def _lm_table(text, file, n=None):
             else: group = t
             task = t.lstrip('- ')
         try: value, se = float(r['Value']), None if r.get('Stderr', '') in ('N/A', '') else float(r['Stderr'])
-        except ValueError: raise UserError(f'{relative(file)}:{i}: "{r["Value"]}" or "{r.get("Stderr")}" is no number.') from None
+        except ValueError:
+            raise UserError(f'{relative(file)}:{i}: "{r["Value"]}" or "{r.get("Stderr")}" is no number.') from None
         rows.append((task, r['Metric'], r.get('Filter', ''), value, se, up))
-    if not rows: raise UserError(f'{relative(file)}: no table with the columns Tasks, Metric and Value. Expected what lm-evaluation-harness prints.')
-    size = lambda t, se: None if se else limit*subs.get(t, 1) if limit else n      # a group's score is over all its tasks
-    ms = {f'{t}/{m}' + (f',{f}' if f not in ('none', '') else ''): _lm_metric(m, v, se, size(t, se), up) for t,m,f,v,se,up in rows}
+    if not rows:
+        raise UserError(f'{relative(file)}: no table with the columns Tasks, Metric and Value. Expected what '
+                        f'lm-evaluation-harness prints.')
+    # a group's score is over all its tasks
+    size = lambda t, se: None if se else limit*subs.get(t, 1) if limit else n
+    ms = {f'{t}/{m}' + (f',{f}' if f not in ('none', '') else ''): _lm_metric(m, v, se, size(t, se), up)
+          for t,m,f,v,se,up in rows}
     return [dict(name=name, status='ok', base=name, task='', method='', seed=0, format='lm-eval', metrics=ms)]
 
-# %% ../nbs/60_records.ipynb #e5bf2809
+# %% ../nbs/60_records.ipynb #c47aad6e
 def _fill_n(rows):
     "Give a share of exactly 0 or 1, whose standard error says nothing, the `n` that all other files agree on"
     known = {}
@@ -381,11 +430,17 @@ FORMATS = 'auto', 'flow2lab', 'peft', 'lm-eval'
 def _parse(file):
     "(format, content) of a foreign file, or (None, None) where it is nothing that we know"
     try: text = Path(file).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e: raise UserError(f'{relative(file)}: not UTF-8 at byte {e.start}. Convert it first.') from None
-    if Path(file).suffix!='.json': return ('lm-eval', text) if re.search(r'^\s*\|\s*(Tasks?|Groups)\s*\|', text, re.M) else (None, None)
-    if not text.strip(): raise UserError(f'{relative(file)}: the file is empty. Was the run that wrote it stopped? Remove it, or run again.')
+    except UnicodeDecodeError as e:
+        raise UserError(f'{relative(file)}: not UTF-8 at byte {e.start}. Convert it first.') from None
+    if Path(file).suffix!='.json':
+        return ('lm-eval', text) if re.search(r'^\s*\|\s*(Tasks?|Groups)\s*\|', text, re.M) else (None, None)
+    if not text.strip():
+        raise UserError(f'{relative(file)}: the file is empty. Was the run that wrote it stopped? Remove it, or run '
+                        f'again.')
     try: d = json.loads(text)
-    except json.JSONDecodeError as e: raise UserError(f'{relative(file)}:{e.lineno}: invalid JSON at column {e.colno} ({e.msg}). Mend or remove the file.') from None
+    except json.JSONDecodeError as e:
+        raise UserError(f'{relative(file)}:{e.lineno}: invalid JSON at column {e.colno} ({e.msg}). Mend or remove '
+                        f'the file.') from None
     if isinstance(d, dict) and 'train_info' in d and 'run_info' in d: return 'peft', d
     if isinstance(d, dict) and isinstance(d.get('results'), dict): return 'lm-eval', d
     return None, d
@@ -394,43 +449,69 @@ def _foreign(file, format, n, named):
     "Rows of one file of another tool; `named` if the user gave this very file"
     found, content = _parse(file)
     if format=='auto' and found is None:
-        if not named: warnings.warn(f'{relative(file)}: no result file that we know. Skipped.', stacklevel=3); return []
-        raise UserError(f'{relative(file)}: neither a run of flow2lab nor a result file of PEFT\'s method_comparison or lm-evaluation-harness. '
-                        f'Name the format: {", ".join(FORMATS[1:])}.')
+        if not named:
+            warnings.warn(f'{relative(file)}: no result file that we know. Skipped.', stacklevel=3); return []
+        raise UserError(f'{relative(file)}: neither a run of flow2lab nor a result file of PEFT or '
+                        f'lm-evaluation-harness. Name the format: {", ".join(FORMATS[1:])}.')
     kind = found if format=='auto' else format
-    if kind=='lm-eval' and Path(file).suffix!='.json': rows = _lm_table(content if found else Path(file).read_text(encoding='utf-8-sig'), file, n)
+    if kind=='lm-eval' and Path(file).suffix!='.json':
+        rows = _lm_table(content if found else Path(file).read_text(encoding='utf-8-sig'), file, n)
     else: rows = dict(peft=_peft).get(kind, _lm_eval)(content, file, n)
-    return [dict(r, id=hash_of([str(file), r['name']]), variant=hash_of(r['name']), folder=str(file), message=r.get('message', '')) for r in rows]
+    return [dict(r, id=hash_of([str(file), r['name']]), variant=hash_of(r['name']), folder=str(file),
+                 message=r.get('message', '')) for r in rows]
 
-# %% ../nbs/60_records.ipynb #f79a0d8e
+# %% ../nbs/60_records.ipynb #dba927de
 def load_any(path,           # A file, a folder or a study, or several
              format='auto',  # auto, flow2lab, peft or lm-eval
              metric=None,    # Keep this metric only (and what training and evaluation cost)
              n=None):        # Items behind a score, where the file does not say it
     "Records of flow2lab, PEFT's method_comparison or lm-evaluation-harness as one records DataFrame"
     check_names('format', [format], FORMATS)
-    if n is not None and (isinstance(n, bool) or int(n)!=n or n<1): raise UserError(f'n is {n!r}, not a number of items from 1 up.')
+    if n is not None and (isinstance(n, bool) or int(n)!=n or n<1):
+        raise UserError(f'n is {n!r}, not a number of items from 1 up.')
     dfs, rows = [], []
     for p in [path] if isinstance(path, (str, Path)) else path:
         p = find_records(p)
-        if format in ('auto','flow2lab') and p.is_dir() and (format=='flow2lab' or run_folders(p)): dfs.append(load_records(p)); continue
-        if format=='flow2lab': raise UserError(f'{relative(p)}: a record of flow2lab is a folder. Give the folder, or another format.')
-        files = [p] if p.is_file() else [f for f in sorted(p.rglob('*')) if f.suffix in ('.json','.txt','.md') and not f.name.startswith('.')]
+        if format in ('auto','flow2lab') and p.is_dir() and (format=='flow2lab' or run_folders(p)):
+            dfs.append(load_records(p)); continue
+        if format=='flow2lab':
+            raise UserError(f'{relative(p)}: a record of flow2lab is a folder. Give the folder, or another format.')
+        files = [p] if p.is_file() else [f for f in sorted(p.rglob('*')) if f.suffix in ('.json','.txt','.md')
+                                         and not f.name.startswith('.')]
         found = [r for f in files for r in _foreign(f, format, n, p.is_file())]
-        if not found: raise UserError(f'{relative(p)}: no result files in this folder. Expected run folders, or .json or .txt files of PEFT or lm-evaluation-harness.')
+        if not found:
+            raise UserError(f'{relative(p)}: no result files in this folder. Expected run folders, or .json or .txt '
+                            f'files of PEFT or lm-evaluation-harness.')
         rows += found
     if rows or not dfs: dfs.append(_frame(_fill_n(rows)))
     df = dfs[0] if len(dfs)==1 else _frame([r for x in dfs for r in _unframe(x)])
     if metric is None: return df
     keep, note = find_metric(df, metric)
     if note: warnings.warn(note, stacklevel=2)
-    return df.drop(columns=[c for c in metric_names(df) if c!=keep and c.split('/')[0] not in ('train','eval','bench')])
+    return df.drop(columns=[c for c in metric_names(df) if c!=keep and not is_cost(c)])
+
+def is_cost(metric):
+    "Is this a cost or a count, rather than a measure of quality?"
+    part, _, key = metric.partition('/')
+    return part in ('train','eval','bench') or key in ('latency','seconds','tokens_per_s','new_tokens','truncated','unparsed')
+
+@lru_cache(None)
+def _primary(name):
+    "The metric that the task `name` declares first; empty for a task that is not ours"
+    try: return task[name].primary()
+    except UserError: return ''
+
+def quality_metrics(df):
+    "The metrics that measure quality, one for each task: the one that the task declares first, where it is known"
+    known = sorted((c for c in metric_names(df) if not is_cost(c) and df[c].notna().any()), key=lambda c: _metric_order(df, c))
+    return list({c.split('/')[0]: c for c in reversed(known)}.values())[::-1]
 
 def _unframe(df):
     names = set(metric_names(df))
-    return [{k: v for k,v in r.items() if k not in names} for r in df.astype(object).where(df.notna(), None).to_dict('records')]
+    rows = df.astype(object).where(df.notna(), None).to_dict('records')
+    return [{k: v for k,v in r.items() if k not in names} for r in rows]
 
-# %% ../nbs/60_records.ipynb #80e0371f
+# %% ../nbs/60_records.ipynb #a85380f1
 def _plain_name(s): return re.sub(r'[^a-z0-9]+', '_', str(s).lower())
 
 def find_metric(df, metric=None):
@@ -440,9 +521,10 @@ def find_metric(df, metric=None):
     if metric in names: return metric, ''
     want = _plain_name(metric or '')
     fits = [c for c in names if _plain_name(c)==want]
-    if not fits and metric is not None: fits = [c for c in names if _plain_name(c).endswith('_'+want) or _plain_name(c).startswith(want+'_')]
+    if not fits and metric is not None:
+        fits = [c for c in names if _plain_name(c).endswith('_'+want) or _plain_name(c).startswith(want+'_')]
     if metric is not None and not fits: raise UserError(f'unknown metric "{metric}". {nearest(metric, names)}')
-    if metric is None: fits = [c for c in names if c.split('/')[0] not in ('train','eval','bench')] or names
+    if metric is None: fits = [c for c in names if not is_cost(c)] or names
     best = min(fits, key=lambda c: _metric_order(df, c))
     others = [c for c in fits if c!=best]
     if not others: return best, ''
@@ -450,12 +532,13 @@ def find_metric(df, metric=None):
     return best, f'{said}: took {best}; others: {", ".join(others[:6])}{" ..." if len(others)>6 else ""}.'
 
 def _metric_order(df, c):
-    "Sort key: on the task trained on, known by most runs, of most items, a share rather than another unit, then by name"
+    "Sort key: on the task trained on, known by most runs, a share, of most items, then by name"
     have = df[df[c].notna()]
     info = [m[c] for m in have['metrics'] if c in m] if 'metrics' in df else []
     trained_on = c.split('/')[0] in set(df['task']) if 'task' in df else False
     share = any(i.get('unit')=='fraction' and i.get('direction')=='max' for i in info)
-    return (not trained_on, -len(have), not share, -max([i.get('n') or 0 for i in info], default=0), not c.endswith('accuracy'), c)
+    first = c.split('/')[-1] in (_primary(c.split('/')[0]), 'accuracy', 'acc')
+    return (not trained_on, -len(have), not share, -max([i.get('n') or 0 for i in info], default=0), not first, c)
 
 # %% ../nbs/60_records.ipynb #8fb6a09b
 def _shared_data(name):
@@ -463,12 +546,14 @@ def _shared_data(name):
     p = project_path('..', 'shared', 'data', name)
     return p if p.exists() else None
 
-# %% ../nbs/60_records.ipynb #346b7f6d
+# %% ../nbs/60_records.ipynb #43230e14
 def save_benchmark(name,    # Of the notebook that measured
-                   rows):   # Dicts with work, ours, peer (None where there is none) and unit; higher=True where more is better
-    "Write `benchmarks/<name>.json` of the reference records, the ratio (how many times better ours is) worked out; returns its path"
+                   rows):   # Dicts with work, ours, peer (or None) and unit; higher=True where more is better
+    "Write `benchmarks/<name>.json` of the reference records; the ratio says how many times better ours is"
     hw, vs = hardware(), versions()
     def row(work, ours, peer=None, unit='s', higher=False, **more):
         ratio = None if not peer or not ours else ours/peer if higher else peer/ours
-        return dict(more, work=work, ours=ours, peer=peer, unit=unit, ratio=None if ratio is None else float(f'{ratio:.3g}'), hardware=hw, versions=vs)
-    return atomic_write(project_path(setting('reference'), 'benchmarks', f'{name}.json'), to_json([row(**r) for r in rows], 1)+'\n')
+        return dict(more, work=work, ours=ours, peer=peer, unit=unit, ratio=None if ratio is None
+                    else float(f'{ratio:.3g}'), hardware=hw, versions=vs)
+    return atomic_write(project_path(setting('reference'), 'benchmarks', f'{name}.json'),
+                        to_json([row(**r) for r in rows], 1)+'\n')

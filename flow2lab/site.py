@@ -9,7 +9,7 @@ __all__ = ['SECTIONS', 'tags_of', 'add_tags', 'outside_code', 'callouts', 'names
            'process_nb', 'load_page', 'relink', 'resolve', 'readme', 'find_pages', 'section_page', 'axes_page',
            'link_names', 'Stage', 'build_site']
 
-# %% ../nbs/91_site.ipynb #c1a1e60c
+# %% ../nbs/91_site.ipynb #dd57e47f
 import ast, inspect, os, re, shutil, subprocess, sys, tempfile
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastcore.nbio import mk_cell, nb2str, read_nb, write_nb
 from nbdev.doclinks import patch_name
 from nbdev.process import NBProcessor, Processor
 from nbdev.processors import clean_magics, filter_stream_, hide_line, rm_header_dash, strip_ansi
-from .core import Axis, UserError, atomic_dir, atomic_write, project_path
+from .core import Axis, UserError, atomic_write, project_path
 
 # %% ../nbs/91_site.ipynb #6b0f6e93
 def tags_of(directives):
@@ -76,7 +76,7 @@ def cut(src):
     pieces = [(cuts[a], ''.join(lines[a:b]).strip('\n')) for a,b in zip(starts, [*starts[1:], None])]
     return [p for p in pieces if p[1].strip()]
 
-# %% ../nbs/91_site.ipynb #a222da05
+# %% ../nbs/91_site.ipynb #1dd73ef4
 _exp = re.compile(r'^\s*#\|\s*default_exp\s+(\S+)', re.M)
 
 def module_of(nb):
@@ -99,7 +99,7 @@ class definitions(Processor):
         new, have = [n for n in names if n not in self.nb.anchors_], self.nb.anchors_
         for n in new:     # anchors know no case: class `Warm` and function `warm` need two
             at = f'{self.nb.module_}.{n}'
-            while at.lower() in map(str.lower, have.values()): at += '_'
+            while at.lower() in map(str.lower, have.values()): at += '.2'
             have[n] = at
         return ''.join(f'({have[n]})=\n' for n in new) + '### ' + ', '.join(names)
     def piece(self, cell, names, code):
@@ -160,7 +160,7 @@ def resolve(page,   # The page with the link, as seen from the project root
         if not p.startswith('..') and project_path(p).exists(): return p
     raise UserError(f'{page}: the link to {link} leads nowhere ({found[0]} does not exist). Correct it, or make the file.')
 
-# %% ../nbs/91_site.ipynb #64fdca01
+# %% ../nbs/91_site.ipynb #e6276c22
 _note = '<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n'
 
 def _markdown(nb):
@@ -184,21 +184,25 @@ def readme(write=True):
     nb = load_page(src)
     for i,c in enumerate(nb.cells):
         if any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {})):
-            raise UserError(f'nbs/index.ipynb, cell {i}: shows a picture inline. Save it under data/reference and show the file: ![claim](../data/...).')
+            raise UserError(f'nbs/index.ipynb, cell {i}: shows a picture inline. '
+                            'Save it under data/reference and show the file: ![claim](../data/...).')
         if c.cell_type=='markdown': c.source = relink(c.source, lambda l: resolve('nbs/index.ipynb', l))
     md = re.sub(r'<style.*?</style>\s*', '', _markdown(nb), flags=re.S)
     md = _note + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
     if write: atomic_write(project_path('README.md'), md)
     return md
 
-# %% ../nbs/91_site.ipynb #7396e4f7
+# %% ../nbs/91_site.ipynb #d6d94212
 SECTIONS = dict(
-    library=('Library', 'The modules, in order of dependency. Each notebook is the source, the manual and the test of its module.',
+    library=('Library', 'In order of dependency. Each notebook is the source, the manual and the test of its module.',
              ['nbs/[0-9]*.ipynb', 'nbs/run.ipynb']),
-    studies=('Studies', 'One question each, answered from the records with a table, plots and a verdict.', ['nbs/studies/*.ipynb']),
-    labs=('Labs', 'Lessons that derive one idea by hand and check it against the library.', ['nbs/labs/*.ipynb']),
+    studies=('Studies', 'One question each, answered from the records with a table, plots and a verdict.',
+             ['nbs/studies/*.ipynb']),
+    labs=('Labs', 'Lessons that derive one idea by hand and check it against the library.',
+          ['nbs/labs/*.ipynb']),
     benchmarks=('Benchmarks', "Our speed beside a peer's on the same work.", ['nbs/benchmarks/*.ipynb']),
-    runs=('Runs', 'Executed notebooks of the committed records: what ran, step by step, with its outputs.', ['data/reference/**/*.ipynb']),
+    runs=('Runs', 'Executed notebooks of the committed records: what ran, step by step, with its outputs.',
+          ['data/reference/**/*.ipynb']),
     guides=('Guides', 'How to take part, what has changed, and what lies in the data folders.',
             ['CONTRIBUTING.md', 'CHANGELOG.md', 'Documentation/**/*.md', 'data/**/*.md']))
 
@@ -215,17 +219,23 @@ def _label(path, title):
     p = Path(path)
     return p.parent.name if p.stem=='notebook' else p.stem if p.parts[0]=='data' and p.suffix=='.ipynb' else title or p.stem
 
+def _study(path):
+    "The study that a record's notebook belongs to, where its label does not say so"
+    parts = Path(path).parts
+    return f'{parts[2]}: ' if parts[:2]==('data', 'reference') and path.endswith('.ipynb') and len(parts)>3 else ''
+
 def section_page(section, pages):
     "The markdown of a section: a table of `pages` ({path: (title, why)}) and the navigation that goes with it"
     title, why, _ = SECTIONS[section]
     cell = lambda s: s.replace('|', r'\|')
-    rows = [f'| [{cell(_label(p, t))}](/{p}) | {cell(w)} |' for p,(t,w) in pages.items()]
+    rows = [f'| {_study(p)}[{cell(_label(p, t))}](/{p}) | {cell(w)} |' for p,(t,w) in pages.items()]
     toc = [f'{_label(p, t)} </{os.path.splitext(p)[0]}>' for p,(t,_) in pages.items()]
-    return '\n'.join([f'# {title}', '', why, '', '| page | what it is about |', '|---|---|', *rows, '', '```{toctree}', ':hidden:', '', *toc, '```', ''])
+    return '\n'.join([f'# {title}', '', why, '', '| page | what it is about |', '|---|---|', *rows, '',
+                      '```{toctree}', ':hidden:', '', *toc, '```', ''])
 
-# %% ../nbs/91_site.ipynb #f47267a6
-def axes_page(anchors=()):
-    "The markdown that lists every entry of every axis, linked where `anchors` has it"
+# %% ../nbs/91_site.ipynb #27aafa92
+def axes_page(anchors):   # {module.name: anchor}
+    "The markdown that lists every entry of every axis, linked to its definition"
     out = ['# Axes', '', 'What is found by name. One decorated function adds one entry; `flow2lab list` prints the same.', '']
     for axis in list(Axis.all.values()): axis.load()
     for axis in Axis.all.values():
@@ -234,7 +244,7 @@ def axes_page(anchors=()):
             f = axis[name]
             args = [f'`{a}`' for a in (f.args() if hasattr(f, 'args') else inspect.signature(f).parameters.values())]
             at = f'{f.__module__.split(".")[-1]}.{name}'
-            row = f'[{name}](#{at})' if at in anchors else name, axis.doc(name), ', '.join(args)
+            row = f'[{name}](#{anchors[at]})' if at in anchors else name, axis.doc(name), ', '.join(args)
             out.append('| ' + ' | '.join(c.replace('|', ' ') for c in row) + ' |')
         out.append('')
     return '\n'.join(out)
@@ -285,7 +295,7 @@ def prose(self:Stage, md, path, anchors=None):
     md = relink(md, lambda l: self.target(path, l))
     return link_names(callouts(md), {**self.known, **(anchors or {})})
 
-# %% ../nbs/91_site.ipynb #c396cb86
+# %% ../nbs/91_site.ipynb #e64109e8
 @patch
 def notebook(self:Stage, path, nb):
     "Write the notebook `nb` as the page `path`"
@@ -305,22 +315,30 @@ def write(self:Stage):
     for p,nb in self.nbs.items(): self.notebook(p, nb)
     for p,md in guides.items(): self.put(p, self.prose(md, p))
     for s,ps in self.sections.items(): self.put(f'{s}.md', section_page(s, {p: heads[p] for p in ps}))
-    self.put('axes.md', axes_page(set(self.known.values())))
+    self.put('axes.md', axes_page({f'{nb.module_}.{n}': a for nb in self.nbs.values() for n,a in nb.anchors_.items()}))
 
-# %% ../nbs/91_site.ipynb #d6c2f09a
+# %% ../nbs/91_site.ipynb #f14aad89
 def build_site(out='_site'):   # A folder; it is replaced
-    "Render all notebooks and guides of the project into the folder `out`; returns its path. Offline, and the same bytes each time"
+    "Render all notebooks and guides of the project into the folder `out`; offline, the same bytes each time. Returns its path"
     out = project_path(out)
-    with tempfile.TemporaryDirectory() as d, atomic_dir(out) as new:
-        stage = Path(d).resolve()/'src'
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as d:
+        tmp = Path(d).resolve()
+        stage, html = tmp/'src', tmp/'out'/'html'     # MyST-NB also writes into the folder above html
         Stage(stage).write()
-        r = subprocess.run([sys.executable, '-m', 'sphinx', '-qEW', '--keep-going', '-b', 'html', '-c', str(project_path('Documentation')),
-                            '-d', str(stage.parent/'doctrees'), str(stage), str(new)], capture_output=True, text=True,
-                           env={**os.environ, 'SOURCE_DATE_EPOCH': '0', 'PYTHONHASHSEED': '0', 'PYTHONWARNINGS': 'ignore'})
-        if r.returncode: raise UserError('the site was not built:\n' + r.stderr.replace(f'{stage}/', '').strip())
-        (new/'.buildinfo').unlink(missing_ok=True)
-        (new/'.nojekyll').touch()
+        _sphinx(stage, html)
+        if out.exists(): os.replace(out, tmp/'old')
+        os.replace(html, out)
     return out
+
+def _sphinx(src, html):
+    "Run Sphinx on the folder `src`; every warning is a `UserError`"
+    cmd = [sys.executable, '-m', 'sphinx', '-qEW', '--keep-going', '-b', 'html', '-c', project_path('Documentation')]
+    env = {**os.environ, 'SOURCE_DATE_EPOCH': '0', 'PYTHONHASHSEED': '0', 'PYTHONWARNINGS': 'ignore'}
+    r = subprocess.run([*cmd, '-d', html.parent/'doctrees', src, html], capture_output=True, text=True, env=env)
+    if r.returncode: raise UserError('the site was not built:\n' + r.stderr.replace(f'{src}/', '').strip())
+    (html/'.buildinfo').unlink(missing_ok=True)
+    (html/'.nojekyll').touch()
 
 # %% ../nbs/91_site.ipynb #02ee8fbb
 if __name__=='__main__':

@@ -8,9 +8,9 @@ Docs: https://flow2lab.github.io/flow2lab/stats.html.md"""
 __all__ = ['Z', 'MEMORY', 'TIME', 'z_value', 'wilson', 'half_width', 'min_detectable', 'beta_inc', 't_tails', 't_quantile',
            'pool_seeds', 'Field', 'mean_ci', 'bootstrap_ci', 'paired_diff', 'mcnemar', 'permutation_test', 'Totals',
            'unpaired_diff', 'holm', 'beats', 'rank_ranges', 'pareto', 'simulate_scores', 'fmt', 'fmt_diff',
-           'text_table', 'Comparison', 'compare', 'simulate_study', 'best_by']
+           'text_table', 'Comparison', 'compare', 'rank_range', 'simulate_study', 'best_by']
 
-# %% ../nbs/61_stats.ipynb #c02606ed
+# %% ../nbs/61_stats.ipynb #0aea514b
 import json, math, os, re, warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict, patch
 from .core import UserError, nearest
-from .records import find_metric, item_rows, metric_names
+from .records import find_metric, is_cost, item_rows, metric_names, quality_metrics
 
 # %% ../nbs/61_stats.ipynb #b948b336
 def z_value(alpha=0.05):
@@ -86,7 +86,7 @@ _grid = np.concatenate([np.linspace(1, .01, 100), np.geomspace(.009, 1e-12, 100)
 @lru_cache(None)
 def _t_grid(df): return np.array([_t(a, df) for a in _grid]) if math.isinf(df) else t_quantile(_grid, df)
 
-# %% ../nbs/61_stats.ipynb #cb765726
+# %% ../nbs/61_stats.ipynb #62fade9c
 def pool_seeds(s2,   # (K,) variance of the seeds' means; anything where df is 0
                df):  # (K,) seeds less one
     "Each method's seed variance, no smaller than the average, and the degrees of freedom"
@@ -103,9 +103,10 @@ def _p_value(t, w, df_seeds, df_items):
     "The alpha at which `_crit` equals |t|, so that p < 0.05 just when the 95% interval excludes 0"
     t, w = np.broadcast_arrays(np.abs(t), w)
     a, b = _t_grid(df_seeds), _t_grid(df_items)
-    return np.array([np.exp(np.interp(x, k*a+(1-k)*b, np.log(_grid))) for x,k in zip(t.ravel(), w.ravel())]).reshape(t.shape)
+    return np.array([np.exp(np.interp(x, k*a+(1-k)*b, np.log(_grid))) for x,k in zip(t.ravel(),
+        w.ravel())]).reshape(t.shape)
 
-# %% ../nbs/61_stats.ipynb #a9a6d46a
+# %% ../nbs/61_stats.ipynb #292106eb
 class Field:
     "The scores of K methods on the same n items"
     def __init__(self,
@@ -119,10 +120,12 @@ class Field:
         seeds = [tuple(range(len(y))) for y in ys] if seeds is None else [tuple(s) for s in seeds]
         self.K, self.n, self.S = len(ys), ys[0].shape[1], np.array([len(y) for y in ys])
         self.share = all(((y>=0)&(y<=1)).all() for y in ys) if share is None else share
-        self.value, self.items = np.array([y.mean() for y in ys]), np.array([y.mean(0) for y in ys])       # (K,), (K, n)
+        # (K,), (K, n)
+        self.value, self.items = np.array([y.mean() for y in ys]), np.array([y.mean(0) for y in ys])
         self.seeded = bool(((self.S>1) & ~self.fixed).any())
         moving = {s for s,f in zip(seeds, self.fixed) if not f}
-        self.crossed = len(moving)==1 and len(next(iter(moving)))>1                                        # same seeds for all
+        # same seeds for all
+        self.crossed = len(moving)==1 and len(next(iter(moving)))>1
         self._item_parts(ys); self._seed_parts([y.mean(1) for y in ys])
 
 @patch
@@ -130,7 +133,8 @@ def _item_parts(self:Field, ys):
     "Covariance (K, K) of what the items contribute: that of the items' means less the residuals' part"
     rs = [y - y.mean(0) - y.mean(1, keepdims=True) + y.mean() for y in ys]
     d = (self.n-1)*np.maximum(self.S-1, 1)
-    kind = np.float64 if self.K<2000 else np.float32                                                        # ten thousand methods: 400 MB
+    # ten thousand methods: 400 MB
+    kind = np.float64 if self.K<2000 else np.float32
     centred = (self.items - self.value[:,None]).astype(kind)
     self.cov = centred @ centred.T/kind(self.n-1)
     if self.crossed:
@@ -152,7 +156,7 @@ def _seed_parts(self:Field, means):
         s2, df = (r**2).sum(1)/(m.shape[1]-1)*k/(k-1), (k-1)*(m.shape[1]-1)
         self.pair = np.zeros(self.K); self.pair[~self.fixed] = np.maximum(s2, s2.mean()); self.df_pair = df
 
-# %% ../nbs/61_stats.ipynb #e1c9ff0c
+# %% ../nbs/61_stats.ipynb #9ebef6dc
 @patch
 def variance(self:Field):
     "(v_i, v_s) of each method's value"
@@ -167,15 +171,18 @@ def ci(self:Field, draws=2000, seed=0):
     m = self.value
     n = np.where(v>0, m*(1-m)/np.maximum(v, 1e-300), self.n)
     plain = (self.S==1) & (vs==0)                                           # one run: Wilson as it is
-    return wilson(m, np.where(plain, self.n, np.clip(n, 1, self.n*self.S)), np.where(plain, Z, _crit(w, self.df_own, self.n-1)))
+    return wilson(m, np.where(plain, self.n, np.clip(n, 1, self.n*self.S)),
+                  np.where(plain, Z, _crit(w, self.df_own, self.n-1)))
 
 @patch
 def _bootstrap(self:Field, vi, vs, draws, seed):
     r = np.random.default_rng(seed)
     weights = r.multinomial(self.n, np.full(self.n, 1/self.n), draws)/self.n                               # (draws, n)
-    scale = np.sqrt(vi/np.maximum(self.items.var(1, ddof=1)/self.n, 1e-300))                               # residuals belong to the seeds
+    # residuals belong to the seeds
+    scale = np.sqrt(vi/np.maximum(self.items.var(1, ddof=1)/self.n, 1e-300))
     t = r.standard_t(self.df_own, (draws, 1)) if math.isfinite(self.df_own) else r.standard_normal((draws, 1))
-    return np.quantile(self.value + (weights @ self.items.T - self.items.mean(1))*scale + t*np.sqrt(vs), [.025, .975], axis=0)
+    return np.quantile(self.value + (weights @ self.items.T - self.items.mean(1))*scale + t*np.sqrt(vs), [.025, .975],
+                       axis=0)
 
 def mean_ci(y,             # Scores (S, n), or (n,) for one run
             fixed=None):   # Nothing was trained, so there is no seed; one run counts as that if None
@@ -188,7 +195,7 @@ def bootstrap_ci(y, draws=2000, seed=0):
     y = np.atleast_2d(np.asarray(y, float)); f = Field([y], [len(y)==1], share=False)
     return tuple(float(x[0]) for x in f.ci(draws, seed))
 
-# %% ../nbs/61_stats.ipynb #82789744
+# %% ../nbs/61_stats.ipynb #a8ee9500
 @patch
 def pairs(self:Field, i=slice(None), j=slice(None)):
     "(difference, variance, part of it due to seeds, both-trained) for the methods i (rows) and j (columns)"
@@ -197,7 +204,8 @@ def pairs(self:Field, i=slice(None), j=slice(None)):
     if self.share: S = np.where(f, 1, self.S); v += 1/(self.n**2*np.maximum(S[i][:,None], S[j][None]))
     both = ~f[i][:,None] & ~f[j][None]
     if not self.seeded: return m[i][:,None] - m[j][None], v, np.float64(0), both
-    vs = np.where(both, (self.pair/self.S)[i][:,None] + (self.pair/self.S)[j][None], (self.own/self.S)[i][:,None] + (self.own/self.S)[j][None])
+    vs = np.where(both, (self.pair/self.S)[i][:,None] + (self.pair/self.S)[j][None],
+                  (self.own/self.S)[i][:,None] + (self.own/self.S)[j][None])
     v += vs
     return m[i][:,None] - m[j][None], v, np.divide(vs, v, out=np.zeros_like(v), where=v>0), both
 
@@ -215,7 +223,7 @@ def against(self:Field, j):
     return AttrDict(diff=d, se=se, lo=d-c*se, hi=d+c*se, p=p, mde=(c + NormalDist().inv_cdf(.8))*se)
 
 def paired_diff(a,   # Scores (S, n) of the first method
-                b):  # Of the second, same items and same seeds; (n,) for one that has no seed, such as the untouched base
+                b):  # Of the second, same items and seeds; (n,) for one without a seed, such as the untouched base
     "Difference a - b of two methods by item and seed, with its 95% interval and p"
     b = np.asarray(b, float); f = Field([a, b], [np.ndim(a)==1, b.ndim==1])
     return AttrDict({k: float(v[0]) for k,v in f.against(1).items()})
@@ -235,7 +243,7 @@ def permutation_test(a, b, draws=10_000, seed=0):
     signs = np.random.default_rng(seed).integers(0, 2, (draws, len(d)), dtype=np.int8)*2-1
     return float((1 + (np.abs(signs @ d) >= abs(d.sum())-1e-12).sum())/(draws+1))
 
-# %% ../nbs/61_stats.ipynb #6dae7c61
+# %% ../nbs/61_stats.ipynb #17a4ae9c
 class Totals:
     "The scores of K methods of which only totals are known"
     def __init__(self,
@@ -243,13 +251,15 @@ class Totals:
                  n,              # (K,) items behind each; nan where unknown
                  se=None,        # (K,) standard errors where the score is no share
                  share=True,     # Are they shares of n items?
-                 seed_var=None, seeds=None, fixed=None):   # (K,) variance between seeds, their number, and who has none
+                 seed_var=None,  # (K,) variance between seeds
+                 seeds=None,     # (K,) number of seeds
+                 fixed=None):    # (K,) who has none
         self.value, self.n = np.asarray(value, float), np.asarray(n, float)
         self.K, self.share, self.known = len(self.value), share, share & (self.n>0)
         S = np.ones(self.K) if seeds is None else np.asarray(seeds)
         df = np.where(np.zeros(self.K, bool) if fixed is None else fixed, 0, S-1).astype(int)
         s2, self.df = pool_seeds(np.zeros(self.K) if seed_var is None else seed_var, df)
-        self.vs = np.where(np.zeros(self.K, bool) if fixed is None else fixed, 0, s2)/S
+        self.vs, self.seeds = np.where(np.zeros(self.K, bool) if fixed is None else fixed, 0, s2)/S, S
         q = (self.value*self.n+1)/(self.n+2)
         se = np.full(self.K, np.nan) if se is None else np.asarray(se, float)
         self.shifted = np.where(self.known, q, self.value)
@@ -261,8 +271,8 @@ class Totals:
 def ci(self:Totals):
     v = self.vi + self.vs; w = np.divide(self.vs, v, out=np.zeros_like(v), where=v>0); c = _crit(w, self.df, math.inf)
     plain = self.known & (self.vs==0)
-    n = np.where(plain, self.n, np.clip(self.value*(1-self.value)/np.maximum(v, 1e-300), 1, self.n))
-    lo, hi = wilson(self.value, n, c)
+    n = np.where(plain, self.n, np.clip(self.value*(1-self.value)/np.maximum(v, 1e-12), 1, self.n))
+    lo, hi = wilson(np.where(self.known, self.value, .5), np.where(self.known, n, 1), c)
     half = np.where(v>0, c*np.sqrt(v), np.nan)
     return np.where(self.known, lo, self.value-half), np.where(self.known, hi, self.value+half)
 
@@ -270,7 +280,8 @@ def ci(self:Totals):
 def pairs(self:Totals, i=slice(None), j=slice(None)):
     m, v, s = self.shifted, self.vi+self.vs, self.vs
     v2 = v[i][:,None] + v[j][None]
-    w = np.float64(0) if not self.seeded else np.divide(s[i][:,None] + s[j][None], v2, out=np.zeros_like(v2), where=v2>0)
+    w = np.float64(0) if not self.seeded else np.divide(s[i][:,None] + s[j][None], v2, out=np.zeros_like(v2),
+                                                        where=v2>0)
     return m[i][:,None] - m[j][None], v2, w, None
 
 @patch
@@ -280,7 +291,8 @@ def crit(self:Totals, w, both=None, alpha=.05): return _crit(w, self.df, math.in
 def against(self:Totals, j):
     d, v, w = (x[:,0] if np.ndim(x) else x for x in self.pairs(slice(None), [j])[:3]); se = np.sqrt(v)
     t, c = np.divide(d, se, out=np.zeros_like(d), where=se>0), self.crit(w)
-    return AttrDict(diff=self.value-self.value[j], se=se, lo=d-c*se, hi=d+c*se, p=_p_value(np.nan_to_num(t), w, self.df, math.inf),
+    return AttrDict(diff=self.value-self.value[j], se=se, lo=d-c*se, hi=d+c*se,
+                    p=_p_value(np.nan_to_num(t), w, self.df, math.inf),
                     mde=(c + NormalDist().inv_cdf(.8))*se)
 
 def unpaired_diff(pa, na, pb, nb):
@@ -295,9 +307,9 @@ def holm(p):
     out[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)), 1)
     return out
 
-# %% ../nbs/61_stats.ipynb #c9035649
+# %% ../nbs/61_stats.ipynb #4c1e2c96
 def _standard(f, block=256):
-    "(t, w): every difference in standard errors and its part due to seeds (None if there is none), row block by row block"
+    "(t, w): every difference in standard errors, and its part due to seeds or None; row block by row block"
     t, w = np.zeros((f.K, f.K), np.float32), np.zeros((f.K, f.K), np.float32) if f.seeded else None
     for i in range(0, f.K, block):
         r = slice(i, i+block); d, v, part, _ = f.pairs(r)
@@ -314,7 +326,8 @@ def beats(f,             # A Field or Totals
     both = None if w is None else ~f.fixed[:,None] & ~f.fixed[None]
     m, R = f.K*(f.K-1)//2, -1
     while True:
-        won = t > (f.crit(0., True, alpha/max(m-max(R, 0), 1)) if w is None else f.crit(w, both, alpha/max(m-max(R, 0), 1)))
+        won = t > (f.crit(0., True, alpha/max(m-max(R, 0), 1)) if w is None
+                   else f.crit(w, both, alpha/max(m-max(R, 0), 1)))
         if (now := int(won.sum())) <= R: return won
         R = now
 
@@ -322,35 +335,39 @@ def rank_ranges(won):
     "(low, high) rank of each method from the matrix of who beats whom"
     return 1 + won.sum(0), len(won) - won.sum(1)
 
-# %% ../nbs/61_stats.ipynb #e7944198
+# %% ../nbs/61_stats.ipynb #bc06ec26
 def pareto(quality,         # (K,) more is better; nan is never on the front
            *costs,          # (K,) each, less is better
            won=None):       # Who beats whom in quality; then: who could be on the front
     "Boolean (K,): not dominated by any other method"
-    x = np.array([-np.asarray(quality, float), *[np.asarray(c, float) for c in costs]]).T                  # (K, axes), less is better
+    # (K, axes), less is better
+    x = np.array([-np.asarray(quality, float), *[np.asarray(c, float) for c in costs]]).T
     ok = ~np.isnan(x).any(1)
     if won is not None:
         out, beaten_by = ok.copy(), np.ascontiguousarray(won.T) & ok
         for i in np.flatnonzero(ok & beaten_by.any(1)): out[i] = not (x[beaten_by[i],1:] <= x[i,1:]).all(1).any()
         return out
     out, front = np.zeros(len(x), bool), np.empty((0, x.shape[1]))
-    for i in np.lexsort(x.T[::-1]):                                     # best quality first: only the front can dominate what follows
-        if ok[i] and not ((front<=x[i]).all(1) & (front<x[i]).any(1)).any(): out[i] = True; front = np.vstack([front, x[i]])
+    # best quality first: only the front can dominate what follows
+    for i in np.lexsort(x.T[::-1]):
+        if ok[i] and not ((front<=x[i]).all(1) & (front<x[i]).any(1)).any():
+            out[i] = True; front = np.vstack([front, x[i]])
     return out
 
-# %% ../nbs/61_stats.ipynb #bd3bc5c9
+# %% ../nbs/61_stats.ipynb #027965b4
 def simulate_scores(rng,
                     ability=(0.3, 0.3),  # (K,) of each method, in standard deviations of the latent score
                     S=3, n=200,          # Seeds and items
-                    seed_sd=.1,          # Luck of the seeds, one or (K,); .1 moves the score by some 3 points; 0 for what is not trained
+                    seed_sd=.1,          # Luck of the seeds, one or (K,); .1 moves the score by some 3 points
                     item_sd=1., suit_sd=.5, rest_sd=.5):
     "Simulated scores (K, S, n) of 0 and 1, and the true score of each method"
     mu, K = np.asarray(ability, float), len(ability); luck = np.broadcast_to(seed_sd, K)
-    y = mu[:,None,None] + item_sd*rng.normal(size=n) + suit_sd*rng.normal(size=(K,1,n)) + luck[:,None,None]*rng.normal(size=(K,S,1)) + rest_sd*rng.normal(size=(K,S,n))
+    z = lambda *shape: rng.normal(size=shape)
+    y = mu[:,None,None] + item_sd*z(n) + suit_sd*z(K, 1, n) + luck[:,None,None]*z(K, S, 1) + rest_sd*z(K, S, n)
     sd = np.sqrt(item_sd**2 + suit_sd**2 + luck**2 + rest_sd**2)
     return (y>0).astype(float), np.array([NormalDist().cdf(m/s) for m,s in zip(mu, sd)])
 
-# %% ../nbs/61_stats.ipynb #63b97fa8
+# %% ../nbs/61_stats.ipynb #187ed32d
 def fmt(v, unit='', digits=3):
     "A value as a person reads it: 61.0%, 1.2 GiB, 3.5 min"
     if v is None or (isinstance(v, float) and math.isnan(v)): return '-'
@@ -371,7 +388,8 @@ def fmt_diff(v, unit=''):
 
 def text_table(rows, columns=None):
     "Rows (dicts, or a DataFrame) as an aligned table of text; numbers to the right"
-    if isinstance(rows, pd.DataFrame): rows = [{k: fmt(v) if isinstance(v, float) else v for k,v in r.items()} for r in rows.to_dict('records')]
+    if isinstance(rows, pd.DataFrame):
+        rows = [{k: fmt(v) if isinstance(v, float) else v for k,v in r.items()} for r in rows.to_dict('records')]
     columns = columns or list(rows[0]) if rows else []
     cells = [[str('' if r.get(c) is None else r.get(c)) for c in columns] for r in rows]
     width = [max(len(x) for x in col) for col in zip(columns, *cells)]
@@ -379,7 +397,7 @@ def text_table(rows, columns=None):
     line = lambda xs: '  '.join(x.rjust(w) if r else x.ljust(w) for x,w,r in zip(xs, width, right)).rstrip()
     return '\n'.join([line(columns), line(['-'*w for w in width])] + [line(c) for c in cells])
 
-# %% ../nbs/61_stats.ipynb #3f1553e9
+# %% ../nbs/61_stats.ipynb #9efd19b5
 @dataclass
 class Comparison:
     "What `compare` found; `rows` and `differences` are DataFrames of plain floats"
@@ -396,7 +414,8 @@ def _labels(df):
         g = rows[rows['name']==name]
         vary = [c for c in g if c not in _not_fields and '/' not in c and g[c].map(repr).nunique()>1]
         for i,r in g[vary+['variant']].iterrows():
-            names[i] = f'{name} [' + (', '.join(f'{c.split(".")[-1]}={r[c]}' for c in vary) or f'variant {r["variant"][:6]}') + ']'
+            names[i] = f'{name} [' + (', '.join(f'{c.split(".")[-1]}={r[c]}' for c in vary)
+                                      or f'variant {r["variant"][:6]}') + ']'
     return names
 
 _not_fields = 'id seed variant folder message status name format metrics'.split()
@@ -406,9 +425,11 @@ def _status(ss):
     c = Counter(ss)
     return next(iter(c)) if len(c)==1 else ', '.join(f'{n} {s}' for s,n in c.most_common())
 
-def _untouched(df): return np.array([t is False or t is np.False_ for t in df['trained'].to_numpy(object)] if 'trained' in df else [False]*len(df))
+def _untouched(df):
+    return np.array([t is False or t is np.False_ for t in df['trained'].to_numpy(object)] if 'trained' in df
+                    else [False]*len(df))
 
-# %% ../nbs/61_stats.ipynb #c03252d0
+# %% ../nbs/61_stats.ipynb #24fb97fe
 def _item_scores(df, items, metric):
     "(scores (runs, items) with nan for missing, item names, {run row: flags}) for one metric, or None"
     task, _, key = metric.partition('/')
@@ -421,8 +442,10 @@ def _item_scores(df, items, metric):
     score = it['score'].to_numpy(float)
     if 'metrics' in it:
         code, texts = pd.factorize(it['metrics'])
-        parsed = np.array([float(v) if isinstance(v := json.loads(t).get(key), (int, float)) else np.nan for t in texts] + [np.nan])
-        if not np.isnan(parsed[:-1]).all(): score = parsed[code]          # an item without a value (no number in the answer) stays out
+        parsed = np.array([float(v) if isinstance(v := json.loads(t).get(key), (int, float)) else np.nan
+                           for t in texts] + [np.nan])
+        # an item without a value (no number in the answer) stays out
+        if not np.isnan(parsed[:-1]).all(): score = parsed[code]
     ic, names = pd.factorize(it['item'], sort=True)
     y = np.full((len(df), len(names)), np.nan); y[rc, ic] = score
     flags = {c: np.bincount(rc, it[c].to_numpy(bool), len(df)) for c in ('truncated','unparsed') if c in it}
@@ -435,7 +458,7 @@ def _explains(y, value):
     ok = ~np.isnan(value)
     return bool((np.abs(m[ok]-value[ok]) <= 1e-6*np.maximum(1, np.abs(value[ok]))).all())        # nan (no items) is no
 
-# %% ../nbs/61_stats.ipynb #8756c107
+# %% ../nbs/61_stats.ipynb #8e5463c6
 def _field(df, groups, y, notes):
     "A `Field` of the groups on the items that all their runs have; None where there are fewer than two"
     use = np.concatenate(groups); common = ~np.isnan(y[use]).any(0); most = (~np.isnan(y[use])).sum(1).max()
@@ -443,7 +466,8 @@ def _field(df, groups, y, notes):
     if common.sum()<most: notes.append(f'paired over the {common.sum()} items that all runs have (some have {most})')
     still, seed = _untouched(df), df['seed'].to_numpy()
     by = [_by_seed(seed, g) for g in groups]
-    return Field([np.array([y[rows][:,common].mean(0) for rows in b.values()]) for b in by], [still[g].all() for g in groups], [list(b) for b in by])
+    return Field([np.array([y[rows][:,common].mean(0) for rows in b.values()]) for b in by],
+                 [still[g].all() for g in groups], [list(b) for b in by])
 
 def _by_seed(seed, g):
     "{seed: rows}: runs that repeat a seed are averaged, they are no further seed"
@@ -463,14 +487,15 @@ def _totals(df, groups, metric, share):
     seed = df['seed'].to_numpy()
     xs = [np.array([x[rows].mean() for rows in _by_seed(seed, g).values()]) for g in groups]
     return Totals([v.mean() for v in xs], [mean(n, g) for g in groups], [mean(se, g) for g in groups], share,
-                  [v.var(ddof=1) if len(v)>1 else 0 for v in xs], [len(v) for v in xs], [still[g].all() for g in groups])
+                  [v.var(ddof=1) if len(v)>1 else 0 for v in xs], [len(v) for v in xs],
+                  [still[g].all() for g in groups])
 
-# %% ../nbs/61_stats.ipynb #841e94d6
+# %% ../nbs/61_stats.ipynb #3eb85cc1
 MEMORY = 'train/peak_memory', 'train/memory_reserved', 'eval/peak_memory', 'bench/peak_memory', 'bench/size'
 TIME = 'train/seconds', 'eval/seconds', 'bench/seconds'
 
 def _cost(df, groups, name, preferred):
-    "(metric, its mean for each group) of the cost that most groups have, the first preferred; nan where a group has none"
+    "(metric, its mean for each group or nan) of the cost that most groups have, the first preferred"
     still = _untouched(df)
     def means(col):
         x = df[col].to_numpy(float)
@@ -478,90 +503,121 @@ def _cost(df, groups, name, preferred):
             v = x[g][~np.isnan(x[g])]
             return v.mean() if len(v) else 0. if col.startswith('train/') and still[g].all() else np.nan
         return np.array([mean(g) for g in groups])
-    known = {c: means(c) for c in ([find_metric(df, name)[0]] if name else preferred) if c in df and df[c].notna().any()}
-    if not known: return None, None
-    return min(known.items(), key=lambda kv: np.isnan(kv[1]).sum())
+    wanted = [find_metric(df, name)[0]] if name else [c for c in preferred if c in df and df[c].notna().any()]
+    return min(((c, means(c)) for c in wanted), key=lambda kv: np.isnan(kv[1]).sum(), default=(None, None))
 
-# %% ../nbs/61_stats.ipynb #0482d8a8
+# %% ../nbs/61_stats.ipynb #15cae1f3
+def _prepared(df):
+    "The records sorted, with a label, a seed and a status each"
+    df = df.reset_index(drop=True)
+    df = df.assign(label=_labels(df), seed=df['seed'].fillna(0) if 'seed' in df else 0,
+                   status=df['status'] if 'status' in df else 'ok')
+    return df.sort_values([c for c in ('label','seed','id') if c in df], kind='stable').reset_index(drop=True)
+
+def _groups(df, metric):
+    "({label: rows with a value}, {label: status of all its runs}, [labels without a value])"
+    ok, status = (df[metric].notna() & (df['status']=='ok')).to_numpy(), df['status'].to_numpy(object)
+    every = {}
+    for i,k in enumerate(df['label']): every.setdefault(k, []).append(i)
+    done = {k: np.array([i for i in g if ok[i]]) for k,g in every.items() if ok[g].any()}
+    return done, {k: _status(status[g]) for k,g in every.items()}, [k for k in every if k not in done]
+
+def _kind(df, metric):
+    "(unit, direction) of a metric, as its records say it; a share where they do not and all values would be one"
+    info = next((m[metric] for m in df.get('metrics', []) if metric in m and m[metric].get('direction')), {})
+    share = df[metric].dropna().between(0, 1).all()
+    return info.get('unit', 'fraction' if share else ''), info.get('direction', 'max')
+
+# %% ../nbs/61_stats.ipynb #208d2949
 def compare(df,              # Records, from `load_records` or `load_any`
             items=None,      # Items, from `load_items`; read from the run folders if None, unused if False
             metric=None,     # By full name, its end or its task; the best known one if None
             baseline=None,   # Name to take differences from; the untouched base if None
-            memory=None, time=None,    # Metrics that the Pareto front sets against quality
-            alpha=.05):
-    "Rank the methods in `df` by one metric, with intervals, rank ranges, the Pareto front and differences from the base"
+            memory=None,     # Metric of memory that the Pareto front sets against quality; the best known if None
+            time=None,       # And of time
+            alpha=.05):      # Chance of any false claim in the ranks
+    "Rank the methods in `df` by one metric: intervals, rank ranges, Pareto front, differences from the base"
     if not len(df): raise UserError('no records to compare. Run a study first, or give other paths.')
     metric, note = find_metric(df, metric); notes = [note] if note else []
-    df = df.reset_index(drop=True).assign(_label=lambda d: _labels(d), seed=lambda d: d['seed'].fillna(0) if 'seed' in d else 0)
-    df = df.sort_values([c for c in ('_label','seed','id') if c in df], kind='stable').reset_index(drop=True)      # any order in, one answer out
-    value, ok = df[metric].to_numpy(float), df[metric].notna().to_numpy() & (df['status']=='ok' if 'status' in df else True)
-    info = next((m[metric] for m in df.get('metrics', []) if metric in m and m[metric].get('direction')), {})
-    unit = info.get('unit', 'fraction' if np.nanmin(value, initial=np.inf)>=0 and np.nanmax(value, initial=-np.inf)<=1 else '')
-    direction, share = info.get('direction') or 'max', unit=='fraction'
-    by, status = {}, df['status'].to_numpy(object) if 'status' in df else np.full(len(df), 'ok', object)
-    for i,name in enumerate(df['_label']): by.setdefault(name, []).append(i)
-    groups = {k: np.array([i for i in g if ok[i]], int) for k,g in by.items()}
-    names = [k for k,g in groups.items() if len(g)]
-    lost = [k for k,g in by.items() if not len(groups[k])]
-    silent = [k for k in lost if _status(status[by[k]])=='ok']
-    if silent: notes.append(f'{len(silent)} of {len(by)} have no {metric} and are left out')
-    if not names: raise UserError(f'no run has a value for {metric}. ' + '; '.join(f'{k}: {_status(status[by[k]])}' for k in lost[:5]))
-    f, flags = _scores(df, [groups[k] for k in names], metric, items, share, notes)
-    rows, costs = _rows(df, names, groups, by, f, metric, flags, unit, 1 if direction=='max' else -1, memory, time, alpha, notes)
-    lost = [dict(name=k, status=_status(status[by[k]]), seeds=len(by[k]), message=str(df.get('message', pd.Series('', df.index))[by[k][0]] or ''), pareto=False)
-            for k in lost if k not in silent]
+    df = _prepared(df); unit, direction = _kind(df, metric)
+    done, status, lost = _groups(df, metric)
+    why = '; '.join(f'{k}: {status[k]}' for k in lost[:5])
+    if not done: raise UserError(f'no run has a value for {metric}. {why}')
+    silent = [k for k in lost if status[k]=='ok']
+    if silent: notes.append(f'{len(silent)} of {len(status)} have no {metric} and are left out')
+    f, flags = _scores(df, list(done.values()), metric, items, unit=='fraction', notes)
+    rows, costs = _rows(df, done, status, f, metric, flags, 1 if direction=='max' else -1, (memory, time), alpha, notes)
+    rows = pd.concat([rows, _failures(df, [k for k in lost if k not in silent], status)], ignore_index=True)
     tied = [k for k,r in zip(rows['name'], rows['rank_low']) if r==1]
-    c = Comparison(metric, unit, direction, pd.concat([rows, pd.DataFrame(lost)], ignore_index=True) if lost else rows, tied, notes=notes, paired=isinstance(f, Field), costs=costs)
-    return _with_differences(c, df, names, groups, f, baseline)
+    c = Comparison(metric, unit, direction, rows, tied, notes=notes, paired=isinstance(f, Field), costs=costs)
+    return _with_differences(c, df, done, f, baseline)
 
-# %% ../nbs/61_stats.ipynb #758e4089
+def _failures(df, labels, status):
+    "Rows for methods of which no run gave a value"
+    said = df['message'].fillna('').groupby(df['label']).first() if 'message' in df else {}
+    return pd.DataFrame([dict(name=k, status=status[k], message=str(said.get(k, '')), pareto=False) for k in labels])
+
+# %% ../nbs/61_stats.ipynb #3b1710cc
 def _scores(df, groups, metric, items, share, notes):
-    "The `Field` of these groups if their items were saved and explain the metric, else their `Totals`; and counts of flagged items"
+    "The `Field` of these groups if their items explain the metric, else their `Totals`; and counts of flagged items"
     got, flags = _item_scores(df, items, metric), {}
     use = np.concatenate(groups)
     if got is not None:
         y, _, flags = got
         if _explains(y[use], df[metric].to_numpy(float)[use]):
             if (f := _field(df, groups, y, notes)) is not None:
-                if not math.isfinite(f.df_own) and not f.fixed.all(): notes.append('one seed each: the intervals cover the items drawn, not what another training would give')
+                notes += _seed_notes(f.S[~f.fixed])
                 return f, flags
-        else: notes.append(f'{metric} is not the mean of the saved items for every run: compared by its totals, unpaired')
+        else:
+            notes.append(f'{metric} is not the mean of the saved items for every run: compared by its totals, unpaired')
     f = _totals(df, groups, metric, share)
     known = np.isfinite(f.vi).all()
-    how = ('Wilson intervals and unpaired z tests, which are too cautious if the items were the same' if share else 'normal intervals and unpaired z tests') if known else 'no interval where neither items, n nor a standard error is known; without one nothing is told apart'
+    how = f'{"Wilson" if share else "normal"} intervals and unpaired z tests'
+    how += ', which are too cautious if the items were the same' if share else ''
+    if not known: how = 'where neither n nor a standard error is known there is no interval, and nothing is told apart'
     if got is None: notes.append(f'only totals are known, no single items: {how}')
-    if known and not math.isfinite(f.df) and not _untouched(df).any(): notes.append('one run each: the intervals cover the items drawn, not what another training would give')
+    if known: notes += _seed_notes(f.seeds[~_untouched(df)[[g[0] for g in groups]]])
     return f, flags
 
-# %% ../nbs/61_stats.ipynb #67be8675
-def _rows(df, names, groups, by, f, metric, flags, unit, sign, memory, time, alpha, notes):
+def _seed_notes(S):
+    "What to say about methods that were trained once"
+    if not len(S) or (S>1).all(): return []
+    if (S>1).any(): return [f'{(S==1).sum()} of {len(S)} have one seed: the spread over seeds is taken from the others']
+    return ['one seed each: the intervals cover the items drawn, not what another training would give']
+
+# %% ../nbs/61_stats.ipynb #d9485d28
+def _rows(df, done, status, f, metric, flags, sign, wanted, alpha, notes):
     "(table, the metrics of its costs): best first, ties in the order of their names"
-    gs, status = [groups[k] for k in names], df['status'].to_numpy(object) if 'status' in df else np.full(len(df), 'ok', object)
-    x = df[metric].to_numpy(float)
-    seed = df['seed'].to_numpy(); seeds = [len(_by_seed(seed, g)) for g in gs]; again = [k for k,g,s in zip(names, gs, seeds) if len(g)>s]
-    if again: notes.append(f'{", ".join(again[:3])}{" ..." if len(again)>3 else ""}: several runs of one seed (made by another version or from other data?), averaged')
-    value = np.array([np.mean([x[rows].mean() for rows in _by_seed(seed, g).values()]) for g in gs]); lo, hi = f.ci()
+    names, gs, x, seed = list(done), list(done.values()), df[metric].to_numpy(float), df['seed'].to_numpy()
+    runs = [_by_seed(seed, g) for g in gs]; again = [k for k,g,r in zip(names, gs, runs) if len(g)>len(r)]
+    if again: notes.append(f'{", ".join(again[:3])}{" ..." if len(again)>3 else ""}: several runs of one seed '
+                           '(made by another version or from other data?), averaged')
+    value = np.array([np.mean([x[rows].mean() for rows in r.values()]) for r in runs]); lo, hi = f.ci()
     won = beats(f, sign, alpha); low, high = rank_ranges(won)
-    (mem_name, mem), (time_name, secs) = _cost(df, gs, memory, MEMORY), _cost(df, gs, time, TIME)
+    (mem_name, mem), (time_name, secs) = _cost(df, gs, wanted[0], MEMORY), _cost(df, gs, wanted[1], TIME)
     costs = [c for c in (mem, secs) if c is not None]
-    if len(costs)<2: notes.append('Pareto front over quality' + (f' and {mem_name or time_name}' if costs else ' alone: neither memory nor time is recorded'))
+    if not costs: notes.append('Pareto front over quality alone: neither memory nor time is recorded')
+    if len(costs)==1: notes.append(f'Pareto front over quality and {mem_name or time_name}')
     for c,k in (mem, mem_name), (secs, time_name):
-        if c is not None and np.isnan(c).any(): notes.append(f'{int(np.isnan(c).sum())} without {k} cannot be on the Pareto front')
+        if c is not None and np.isnan(c).any():
+            notes.append(f'{int(np.isnan(c).sum())} without {k} cannot be on the Pareto front')
     n = np.full(len(gs), f.n) if isinstance(f, Field) else f.n
-    t = pd.DataFrame(dict(name=names, value=value, n=n, seeds=seeds, lo=lo, hi=hi, rank_low=low, rank_high=high,
-                          pareto=pareto(sign*value, *costs), pareto_maybe=pareto(sign*value, *costs, won=won), status=[_status(status[by[k]]) for k in names]))
+    t = pd.DataFrame(dict(name=names, value=value, n=n, seeds=[len(r) for r in runs], lo=lo, hi=hi,
+                          rank_low=low, rank_high=high,
+                          pareto=pareto(sign*value, *costs), pareto_maybe=pareto(sign*value, *costs, won=won),
+                          status=[status[k] for k in names]))
     if mem is not None: t['memory'] = mem
     if secs is not None: t['seconds'] = secs
     for k,v in flags.items(): t[k] = [v[g].sum() for g in gs]
     t = t.assign(_v=-sign*value).sort_values(['_v','name'], kind='stable').drop(columns='_v').reset_index(drop=True)
     return t, {k: v for k,v in (('memory', mem_name), ('seconds', time_name)) if v}
 
-def _with_differences(c, df, names, groups, f, baseline):
+def _with_differences(c, df, done, f, baseline):
     "Add the differences from the base: the one named, else the untouched model if there is just one"
-    still = _untouched(df)
+    names, still = list(done), _untouched(df)
     if baseline is None:
-        base = [k for k in names if still[groups[k]].all()]
-        if len(base)>1 and 'quant' in df: base = [k for k in base if not (df['quant'].fillna('').to_numpy()[groups[k]]!='').any()]
+        base = [k for k in names if still[done[k]].all()]
+        if len(base)>1 and 'quant' in df: base = [k for k in base if not df['quant'].fillna('').iloc[done[k][0]]]
         baseline = base[0] if len(base)==1 else None
     elif baseline not in names:
         fits = [k for k in names if baseline in k]
@@ -569,12 +625,13 @@ def _with_differences(c, df, names, groups, f, baseline):
         baseline = fits[0]
     if baseline is None or len(names)<2: return c
     j = names.index(baseline); t = pd.DataFrame(dict(f.against(j))).assign(name=names).drop(index=j)
-    t['p_holm'] = holm(t['p']); t['pair_seeds'] = [min(len(groups[k]), len(groups[baseline])) if not still[groups[baseline]].all() else len(groups[k]) for k in t['name']]
-    order = {k: i for i,k in enumerate(c.rows['name'])}
-    c.baseline, c.differences = baseline, t.iloc[np.argsort([order[k] for k in t['name']])][['name','diff','lo','hi','se','p','p_holm','mde','pair_seeds']].reset_index(drop=True)
+    t['p_holm'] = holm(t['p'])
+    t['at'] = t['name'].map({k: i for i,k in enumerate(c.rows['name'])})
+    c.baseline = baseline
+    c.differences = t.sort_values('at')[['name','diff','lo','hi','se','p','p_holm','mde']].reset_index(drop=True)
     return c
 
-# %% ../nbs/61_stats.ipynb #c4fb3a9f
+# %% ../nbs/61_stats.ipynb #002a3e04
 @patch
 def claim(self:Comparison):
     "What the data allow to say about first place"
@@ -584,33 +641,48 @@ def claim(self:Comparison):
     if len(self.tied_for_first)==ranked: return f'all {ranked} are tied'
     return f'{len(self.tied_for_first)} of {ranked} are tied for first'
 
-def _num(v): return None if v is None or (isinstance(v, float) and not math.isfinite(v)) else v.item() if hasattr(v, 'item') else v
+def _num(v):
+    return None if v is None or (isinstance(v, float) and not math.isfinite(v)) else v.item() if hasattr(v,
+        'item') else v
 
 @patch
 def to_dict(self:Comparison):
-    "Plain JSON: rows (name, metric, n, ci95, rank_low, rank_high, pareto, ...), metric, tied_for_first, differences, notes"
+    "Plain JSON: rows (name, metric, n, ci95, rank_low, rank_high, pareto, ...), tied_for_first, differences, notes"
     def row(r):
         r = {k: _num(v) for k,v in r.items()}; lo, hi = r.pop('lo', None), r.pop('hi', None)
         for k in 'n', 'rank_low', 'rank_high', 'seeds', 'truncated', 'unparsed':
             if r.get(k) is not None: r[k] = int(r[k])
         r['pareto'], r['pareto_maybe'] = bool(r.get('pareto')), bool(r.get('pareto_maybe'))
-        return dict({k: v for k,v in r.items() if v is not None or k in ('value','n','rank_low','rank_high')}, metric=r.get('value'), ci95=None if lo is None else [lo, hi])
-    diffs = [] if self.differences is None else [{k: _num(v) for k,v in r.items()} for r in self.differences.to_dict('records')]
-    return dict(metric=self.metric, unit=self.unit, direction=self.direction, paired=self.paired, rows=[row(r) for r in self.rows.to_dict('records')],
-                tied_for_first=list(self.tied_for_first), baseline=self.baseline, differences=diffs, costs=self.costs, notes=list(self.notes))
+        return dict({k: v for k,v in r.items() if v is not None or k in ('value','n','rank_low','rank_high')},
+                    metric=r.get('value'), ci95=None if lo is None else [lo, hi])
+    diffs = [] if self.differences is None else [{k: _num(v) for k,v in r.items()}
+                                                 for r in self.differences.to_dict('records')]
+    return dict(metric=self.metric, unit=self.unit, direction=self.direction, paired=self.paired,
+                rows=[row(r) for r in self.rows.to_dict('records')],
+                tied_for_first=list(self.tied_for_first), baseline=self.baseline, differences=diffs, costs=self.costs,
+                notes=list(self.notes))
 
-# %% ../nbs/61_stats.ipynb #6e432cb8
-def _range(a, b): return '-' if a is None or math.isnan(a) else f'{int(a)}' if a==b else f'{int(a)} to {int(b)}'
+# %% ../nbs/61_stats.ipynb #223e988e
+def rank_range(a, b): return '-' if a is None or math.isnan(a) else f'{int(a)}' if a==b else f'{int(a)} to {int(b)}'
+
+@patch
+def _versus(self:Comparison, name, d):
+    "Difference from the base and its p, as text"
+    if name==self.baseline: return 'base', ''
+    return ('-', '-') if d is None else (fmt_diff(d['diff'], self.unit), f'{d["p_holm"]:.2g}')
 
 @patch
 def table(self:Comparison):
     "Rows of text for display"
     out, d = [], {} if self.differences is None else {r['name']: r for r in self.differences.to_dict('records')}
-    flagged = [k for k in ('truncated', 'unparsed') if k in self.rows and self.rows[k].fillna(0).any()]; failed = (self.rows['status']!='ok').any()
+    flagged = [k for k in ('truncated', 'unparsed') if k in self.rows and self.rows[k].fillna(0).any()]
+    failed = (self.rows['status']!='ok').any()
     for r in self.rows.to_dict('records'):
-        shown = dict(name=r['name'], rank=_range(r.get('rank_low'), r.get('rank_high')), **{self.metric: fmt(r.get('value'), self.unit)})
-        shown['95% interval'] = '-' if math.isnan(r.get('lo', math.nan)) else f'{fmt(r["lo"], self.unit)} to {fmt(r["hi"], self.unit)}'
-        if d: shown['vs base'], shown['p (Holm)'] = ('base', '') if r['name']==self.baseline else (fmt_diff(d[r['name']]['diff'], self.unit), f'{d[r["name"]]["p_holm"]:.2g}') if r['name'] in d else ('-', '-')
+        shown = dict(name=r['name'], rank=rank_range(r.get('rank_low'), r.get('rank_high')),
+                     **{self.metric: fmt(r.get('value'), self.unit)})
+        lo, hi = r.get('lo', math.nan), r.get('hi', math.nan)
+        shown['95% interval'] = '-' if math.isnan(lo) else f'{fmt(lo, self.unit)} to {fmt(hi, self.unit)}'
+        if d: shown['vs base'], shown['p (Holm)'] = self._versus(r['name'], d.get(r['name']))
         if 'memory' in r: shown['memory'] = fmt(r['memory'], 'bytes')
         if 'seconds' in r: shown['time'] = fmt(r['seconds'], 's')
         shown['Pareto'] = 'yes' if r.get('pareto')==True else 'maybe' if r.get('pareto_maybe')==True else ''
@@ -621,9 +693,12 @@ def table(self:Comparison):
 
 @patch
 def __str__(self:Comparison):
-    tied = f'Tied for first: {", ".join(self.tied_for_first[:8])}{" ..." if len(self.tied_for_first)>8 else ""}.' if len(self.tied_for_first)>1 else f'First: {self.tied_for_first[0]}.'
+    first = ', '.join(self.tied_for_first[:8]) + (', ...' if len(self.tied_for_first)>8 else '')
+    tied = f'{"Tied for first" if len(self.tied_for_first)>1 else "First"}: {first}.'
     better = f'{"more" if self.direction=="max" else "less"} is better'
-    return '\n'.join([text_table(self.table()), f'{tied} ({self.metric}, {better}.)'] + [f'Note: {n[:1].upper()}{n[1:].rstrip(".")}.' for n in self.notes])
+    return '\n'.join([text_table(self.table()),
+                      f'{tied} ({self.metric}, {better}.)'] + [f'Note: {n[:1].upper()}{n[1:].rstrip(".")}.'
+                                                               for n in self.notes])
 
 @patch
 def __repr__(self:Comparison): return str(self)
@@ -632,15 +707,18 @@ def __repr__(self:Comparison): return str(self)
 def _repr_html_(self:Comparison):
     from great_tables import GT, md
     gt = (GT(pd.DataFrame(self.table()).fillna(''), id='compare-'+re.sub(r'\W+', '-', self.metric))
-          .tab_header(self.claim()[:1].upper()+self.claim()[1:], f'{self.metric}, {"more" if self.direction=="max" else "less"} is better')
-          .cols_align('right', [c for c in self.table()[0] if c not in ('name','status','Pareto')]).tab_options(table_font_size='14px', data_row_padding='4px'))
+          .tab_header(self.claim()[:1].upper()+self.claim()[1:],
+                      f'{self.metric}, {"more" if self.direction=="max" else "less"} is better')
+          .cols_align('right', [c for c in self.table()[0] if c not in ('name','status',
+              'Pareto')]).tab_options(table_font_size='14px', data_row_padding='4px'))
     for n in self.notes: gt = gt.tab_source_note(n[:1].upper()+n[1:])
     return gt.as_raw_html()
 
-# %% ../nbs/61_stats.ipynb #f84efb5e
-def simulate_study(methods=(('full',0,1.1), ('lora',4,.7), ('lora',16,.95), ('lora',64,1.05), ('dora',16,1.), ('vera',64,.6), ('ia3',0,.4), ('pissa',16,.9)),
+# %% ../nbs/61_stats.ipynb #6fd73ce0
+def simulate_study(methods=(('full',0,1.1), ('lora',4,.7), ('lora',16,.95), ('lora',64,1.05), ('dora',16,1.),
+                            ('vera',64,.6), ('ia3',0,.4), ('pissa',16,.9)),
                    seeds=3, n=200, seed_sd=.06, seed=0, task='simulated'):
-    "(records, items) of a made-up study in the shape of real ones; an untouched base, `methods` as (name, rank, ability), one run out of memory"
+    "(records, items) of a made-up study: a base, `methods` as (name, rank, ability), and one that ran out of memory"
     rng = np.random.default_rng(seed); hard, rows, items = rng.normal(size=n), [], []
     size = dict(full=1.8e9, lora=.7e9, dora=.95e9, vera=.55e9, ia3=.5e9, pissa=.72e9)
     for k,(m,r,ability) in enumerate((('', 0, 0.), *methods)):
@@ -649,29 +727,41 @@ def simulate_study(methods=(('full',0,1.1), ('lora',4,.7), ('lora',16,.95), ('lo
             y = (ability-.2 + hard + suit + (seed_sd if m else 0)*rng.normal() + .3*rng.normal(size=n) > 0)*1.
             name, id = f'simulated-{m}{r or ""}' if m else 'simulated-base', f'{k:08x}{s:08x}'
             ms = {f'{task}/accuracy': _metric_of(y.mean(), 'fraction', 'max', n)}
-            if m: ms.update({'train/peak_memory': _metric_of(size[m]*(1+r/400)*(1+.01*rng.random()), 'bytes', 'min'), 'train/seconds': _metric_of(60*(1+.3*(m=='dora')+.2*(m=='full')+r/300+.05*rng.random()), 's', 'min')})
-            rows.append(dict(id=id, name=name, status='ok', base='nano', task=task if m else '', method=m, r=r or None, quant='', base_quant='', seed=s, trained=bool(m), variant=name, metrics=ms, message=''))
-            items.append(pd.DataFrame(dict(id=id, name=name, seed=s, task=task, item=[f'q{i}' for i in range(n)], score=y, truncated=False, unparsed=rng.random(n)<.01)))
-    rows += [dict(rows[-1], id=f'{99:08x}{s:08x}', name='simulated-full_fp32', method='full', r=None, variant='oom', seed=s, status='oom', message='out of memory at step 1', metrics={}) for s in range(seeds)]
+            if m:
+                ms.update({'train/peak_memory': _metric_of(size[m]*(1+r/400)*(1+.01*rng.random()), 'bytes', 'min'),
+                           'train/seconds': _metric_of(60*(1+.3*(m=='dora')+.2*(m=='full')+r/300+.05*rng.random()),
+                                                       's', 'min')})
+            rows.append(dict(id=id, name=name, status='ok', base='nano', task=task if m else '', method=m, r=r or None,
+                             quant='', base_quant='', seed=s, trained=bool(m), variant=name, metrics=ms, message=''))
+            items.append(pd.DataFrame(dict(id=id, name=name, seed=s, task=task, item=[f'q{i}' for i in range(n)],
+                                           score=y, truncated=False, unparsed=rng.random(n)<.01)))
+    rows += [dict(rows[-1], id=f'{99:08x}{s:08x}', name='simulated-full_fp32', method='full', r=None, variant='oom',
+                  seed=s, status='oom', message='out of memory at step 1', metrics={}) for s in range(seeds)]
     df = pd.DataFrame(rows)
-    for c in dict.fromkeys(k for r in rows for k in r['metrics']): df[c] = [r['metrics'].get(c, {}).get('value', np.nan) for r in rows]
+    for c in dict.fromkeys(k for r in rows for k in r['metrics']):
+        df[c] = [r['metrics'].get(c, {}).get('value', np.nan) for r in rows]
     return df[[c for c in df if c!='metrics']+['metrics']], pd.concat(items, ignore_index=True)
 
-def _metric_of(value, unit, direction, n=None): return dict(value=float(value), unit=unit, direction=direction, **({} if n is None else dict(n=n)))
+def _metric_of(value, unit, direction, n=None):
+    return dict(value=float(value), unit=unit, direction=direction, **({} if n is None else dict(n=n)))
 
-# %% ../nbs/61_stats.ipynb #601b0a72
+# %% ../nbs/61_stats.ipynb #0e10cc25
 def best_by(df, items=None,
-            categories=None):   # {label: metric}; every task's metrics and the usual costs if None
+            categories=None):   # {label: metric}; every task's quality and the usual costs if None
     "One row for each category: who is best, who is tied with it, and the value"
-    costs = [('least training memory', 'train/peak_memory'), ('fastest training', 'train/seconds'), ('fewest trained parameters', 'train/trainable'),
-             ('least evaluation memory', 'eval/peak_memory'), ('smallest on disk', 'bench/size'), ('fastest decode', 'bench/decode')]
+    costs = [('least training memory', 'train/peak_memory'), ('fastest training', 'train/seconds'),
+             ('fewest trained parameters', 'train/trainable'),
+             ('least evaluation memory', 'eval/peak_memory'), ('smallest on disk', 'bench/size'),
+             ('fastest decode', 'bench/decode')]
     ok = df[df['status']=='ok'] if 'status' in df else df
     known = [c for c in metric_names(df) if ok[c].notna().sum()>0]
-    cats = categories or {**{f'best {c}': c for c in known if c.split('/')[0] not in ('train','eval','bench')}, **{k: c for k,c in costs if c in known}}
+    cats = categories or {**{f'best {c}': c for c in quality_metrics(ok)},
+                          **{k: c for k,c in costs if c in known}}
     out = []
     for label,m in cats.items():
-        use = ok if m.split('/')[0]!='train' or 'trained' not in ok else ok[[t is not False and t is not np.False_ for t in ok['trained'].to_numpy(object)]]
-        c = compare(use, items if m.split('/')[0] not in ('train','eval','bench') else False, m); r = c.rows.iloc[0]
+        use = ok[~_untouched(ok)] if m.startswith('train/') else ok           # what was not trained wins nothing
+        c = compare(use, items if not is_cost(m) else False, m); r = c.rows.iloc[0]
         sure = np.isfinite(c.rows['lo'].astype(float)).all()
-        out.append(dict(category=label, best=r['name'], value=r['value'], unit=c.unit, tied_with=', '.join(k for k in c.tied_for_first if k!=r['name']) if sure else ''))
+        out.append(dict(category=label, best=r['name'], value=r['value'], unit=c.unit,
+                        tied_with=', '.join(k for k in c.tied_for_first if k!=r['name']) if sure else ''))
     return pd.DataFrame(out)

@@ -8,8 +8,8 @@ Docs: https://flow2lab.github.io/flow2lab/train.html.md"""
 __all__ = ['prompt_text', 'turn_text', 'encode_row', 'Samples', 'max_length', 'encode', 'blocks', 'plan', 'pack', 'leak',
            'layout', 'packed_attention', 'doc_attention', 'eval_mode', 'way_to_batch', 'pad_batch', 'label_loss',
            'has_bf16', 'precision_of', 'StepData', 'NonFinite', 'Trainer', 'orthogonality', 'Curve', 'seal', 'sealed',
-           'file_hash', 'newest', 'writing', 'run_key', 'card', 'TrainResult', 'is_oom', 'oom_advice', 'fit',
-           'count_steps']
+           'file_hash', 'newest', 'writing', 'run_key', 'card', 'quiet', 'TrainResult', 'is_oom', 'oom_advice', 'fit',
+           'free_memory', 'count_steps']
 
 # %% ../nbs/31_train.ipynb #76bdf5b2
 import contextlib, gc, hashlib, inspect, json, os, shutil, tempfile, time, warnings
@@ -76,21 +76,22 @@ def encode_row(row, tok, loss_on='answer'):
         if loss_on=='all': labels = list(ids)
     return _one_bos(tok, ids, labels)
 
-# %% ../nbs/31_train.ipynb #88cd3e01
+# %% ../nbs/31_train.ipynb #46847301
 class Samples(list):
     "Encoded samples, with the number of rows that were `dropped` for their length"
     dropped = 0
 
 def max_length(model):
-    "The longest sequence the model's positions allow, None when there is no such limit"
-    cfg = getattr(model, 'config', None)
-    return getattr(cfg, 'max_position_embeddings', None) or getattr(cfg, 'n_positions', None)
+    "The longest sequence the model's positions allow, None when there is no such limit. A learned prompt takes its share"
+    cfg, peft = getattr(model, 'config', None), getattr(model, 'peft_config', None) or {}
+    n = getattr(cfg, 'max_position_embeddings', None) or getattr(cfg, 'n_positions', None)
+    return n and n - sum(getattr(c, 'num_virtual_tokens', None) or 0 for c in peft.values())
 
 def encode(rows, tok, seq_len=512,   # Longest sample in tokens
            loss_on='answer',         # answer or all
            limit=None):              # The model's own longest sequence
     "Samples `dict(input_ids, labels)` of `rows`; `UserError` names the row that has no label or that is too long for the model"
-    out, long = Samples(), []
+    out, long, seq_len = Samples(), [], min(seq_len, limit or seq_len)
     for i,row in enumerate(rows, 1):
         ids, labels = (row['input_ids'], row.get('labels', row['input_ids'])) if 'input_ids' in row else encode_row(row, tok, loss_on)
         if row.get('answer')=='' or all(l==-100 for l in labels[1:]):
@@ -266,7 +267,7 @@ def doc_attention(model):
     try: yield
     finally: cfg._attn_implementation = old
 
-# %% ../nbs/31_train.ipynb #de2b2ac8
+# %% ../nbs/31_train.ipynb #925d1120
 @contextlib.contextmanager
 def eval_mode(model):
     "Evaluation mode for a block. bitsandbytes' 4-bit layers stay as they are: on a CPU they repack their weights in it for good"
@@ -293,7 +294,8 @@ def _isolates(model, way):
 
 def way_to_batch(model):
     "`docs`, `mask` or `padded`: the fastest way to batch that leaves each sample as it is alone"
-    with eval_mode(model):
+    with eval_mode(model), warnings.catch_warnings():
+        warnings.simplefilter('ignore')                      # some models warn that they ignore position_ids: that is the answer
         for way in ('docs', 'mask'):
             with contextlib.suppress(TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
                 if _isolates(model, way): return way
@@ -345,7 +347,7 @@ def precision_of(name, device='cpu'):
     check_names('precision', [name], ['auto', 'bf16', 'fp32'])
     return ('bf16' if has_bf16(device) else 'fp32') if name=='auto' else name
 
-# %% ../nbs/31_train.ipynb #10883673
+# %% ../nbs/31_train.ipynb #694ef8a6
 class StepData(torch.utils.data.Dataset):
     "Step `i` of a plan: this process's share of its micro-batches, collated, and the number of labels in all of them"
     def __init__(self, steps,       # From `plan`
@@ -391,7 +393,8 @@ def _base(model): return model.get_base_model() if hasattr(model, 'get_base_mode
 @patch
 def training_step(self:Trainer, model, inputs, num_items_in_batch=None):
     "The gradient of one optimizer step, micro-batch by micro-batch; returns its loss"
-    model.train(); total, k = 0., len(inputs['micro'])
+    if not model.training: model.train()          # a walk over all modules, so only when needed
+    total, k = 0., len(inputs['micro'])
     for i,mb in enumerate(inputs['micro'], 1):
         with contextlib.nullcontext() if i==k else self.accelerator.no_sync(model):
             with self.compute_loss_context_manager():
@@ -423,7 +426,7 @@ class _AdaLora(TrainerCallback):
         if cfg.tinit+cfg.tfinal>=steps: cfg.tinit, cfg.tfinal = steps//6, steps//3       # a budgeting phase must remain
     def on_optimizer_step(self, args, state, control, **kw): self.ada.update_and_allocate(state.global_step+1)
 
-# %% ../nbs/31_train.ipynb #203ec144
+# %% ../nbs/31_train.ipynb #78f350b7
 class Curve:
     "The steps done: as a list, as lines of a file, and as a progress bar"
     def __init__(self, path=None,   # steps.jsonl, None for no file
@@ -467,6 +470,7 @@ def log(self:Trainer, logs, start_time=None):
                 self.state.best_metric = line['val_loss']
                 if self.folder: self.save_weights(self.folder/'best')
     self.curve.write()
+    self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(line))    # for live curves of other tools
 
 @patch
 def validate(self:Trainer):
@@ -594,7 +598,7 @@ def run_key(model, data, t, seed, steps):
                 data=hashlib.sha256(data.sizes.tobytes() + b''.join(tokens)).hexdigest()[:16],
                 model=hash_of([(n, p.requires_grad, *few(p)) for n,p in model.named_parameters()]))
 
-# %% ../nbs/31_train.ipynb #0fd014b8
+# %% ../nbs/31_train.ipynb #21093479
 _card = """---
 base_model: {base}
 library_name: {library}
@@ -622,6 +626,13 @@ def card(model, about):
                         kind='An adapter' if peft else 'A fine-tuned copy', table='\n'.join(f'| {k} | {v} |' for k,v in rows.items() if v!=''),
                         **{k: about[k] for k in ('step', 'steps', 'tokens')})
 
+@contextlib.contextmanager
+def quiet():
+    "No progress bars from transformers inside the block"
+    log = transformers.utils.logging; on = log.is_progress_bar_enabled(); log.disable_progress_bar()
+    try: yield
+    finally: log.enable_progress_bar() if on else None
+
 @patch
 def save_weights(self:Trainer, folder):
     "Adapter or model, tokenizer, card and training.json, whole or absent"
@@ -631,14 +642,14 @@ def save_weights(self:Trainer, folder):
     about = dict(self.about, step=last['step'], steps=self.state.max_steps, tokens=last['tokens'], loss=last['loss'], val_loss=last.get('val_loss'))
     kw = dict(save_embedding_layers=any(l in n for n in _trained(model) for l in ('embed', 'lm_head', 'wte'))) if hasattr(model, 'peft_config') else {}
     cache, model.config.use_cache = model.config.use_cache, self.use_cache
-    with writing(folder), atomic_dir(folder) as d:
+    with writing(folder), atomic_dir(folder) as d, quiet():
         model.save_pretrained(d, state_dict=state, **kw)
         if self.tok: self.tok.save_pretrained(d)
         (d/'README.md').write_text(card(model, about), encoding='utf-8'); (d/'training.json').write_text(to_json(about, indent=1), encoding='utf-8')
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #3a56f8fe
+# %% ../nbs/31_train.ipynb #5b6d0bf0
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -688,9 +699,15 @@ def _settings(spec):
     about = {} if spec.task=='-' else dict(base=str(getattr(spec.base, 'name', spec.base)), task=spec.task, method=spec.method, method_args=spec.method_args)
     return spec.train, spec.seed, about
 
+def _fitting(rows, model):
+    "Blocks that the model's positions can hold"
+    n = max_length(model)
+    if n and rows.shape[1]-1>n: raise UserError(f'blocks of {rows.shape[1]-1} tokens, but the model allows {n}. Cut them with a shorter seq_len.')
+    return rows
+
 def _step_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
     "Planned `StepData` of raw rows, encoded samples or blocks; without `seed` in one pass, for validation"
-    samples = rows if isinstance(rows, np.ndarray) else encode(rows, tok, t.seq_len, t.loss_on, max_length(model))
+    samples = _fitting(rows, model) if isinstance(rows, np.ndarray) else encode(rows, tok, t.seq_len, t.loss_on, max_length(model))
     if not len(samples): raise UserError('no rows to train on: the data is empty, or every row is longer than seq_len. Check the task and its n.')
     if isinstance(rows, np.ndarray): lengths = np.full(len(rows), rows.shape[1]-1)
     else: lengths = [len(s['input_ids']) for s in samples]
@@ -711,7 +728,7 @@ def fit(model,          # A transformers model, perhaps with an adapter
     res, use_cache, tr, curve = TrainResult(), getattr(model.config, 'use_cache', None), None, None
     with PeakMemory() as mem:
         try:
-            way = way_to_batch(model)
+            model.train(); way = way_to_batch(model)
             with doc_attention(model) if way=='docs' else contextlib.nullcontext():
                 tr = _trainer(model, tok, rows, t, seed, about, out, valid, way, resume, progress, use_cache)
                 res.resumed = tr.resumed
@@ -731,9 +748,13 @@ def fit(model,          # A transformers model, perhaps with an adapter
         res.way, res.precision, res.dropped = d.way, 'bf16' if tr.bf16 else 'fp32', getattr(d.samples, 'dropped', 0)
         if out and (out/'best').exists() and any('val_loss' in s for s in c.steps): res.best = out/'best'
     res.trainable, res.peak_memory, res.weights = sum(p.numel() for p in _trained(model).values()), mem.to_dict(), _held(model)
-    del tr; gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    tr = None; free_memory(res.trainable)
     return res
+
+def free_memory(trained=10**9):
+    "Give back what the Trainer's cycles hold. Collecting takes a fifth of a second, so not after training an adapter of a few thousand weights on a CPU"
+    if trained>10**7 or torch.cuda.is_available(): gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def _no_checkpointing(model):
     with warnings.catch_warnings():
@@ -747,10 +768,11 @@ def _trainer(model, tok, rows, t, seed, about, out, valid, way, resume, progress
         if p.dtype in (torch.bfloat16, torch.float16): p.data = p.data.float()
     data = _step_data(rows, tok, model, t, way, seed, world)
     run = run_key(model, data, t, seed, len(data))
-    if out:
+    if out and ps.is_main_process:
         (out/'checkpoints').mkdir(parents=True, exist_ok=True)
-        if not resume: [shutil.rmtree(p) for n in ('checkpoints/checkpoint-*', 'best', 'last') for p in out.glob(n)]
-        for p in (out/'checkpoints').glob('.checkpoint-*'): shutil.rmtree(p)        # of a kill during a save
+        old = ['checkpoints/.checkpoint-*'] + ([] if resume else ['checkpoints/checkpoint-*', 'best', 'last'])     # the first: of a kill during a save
+        for p in (p for n in old for p in out.glob(n)): shutil.rmtree(p)
+    ps.wait_for_everyone()
     found = newest(out/'checkpoints', run) if out else None
     steps = json.loads((found[0]/'curve.json').read_text()) if found else []
     curve = Curve(out/'steps.jsonl' if out and ps.is_main_process else None, len(data), progress and ps.is_main_process, steps)
