@@ -6,7 +6,7 @@ Docs: https://flow2lab.github.io/flow2lab/cli.html.md"""
 
 # %% auto #0
 __all__ = ['command', 'parse_value', 'parse_items', 'parse_spec', 'run', 'study', 'compare', 'score', 'eval', 'bench', 'data',
-           'list', 'estimate', 'Result', 'stdout_to_stderr', 'overview', 'main']
+           'list', 'estimate', 'inventory_text', 'Result', 'stdout_to_stderr', 'overview', 'main']
 
 # %% ../nbs/90_cli.ipynb #21648737
 import contextlib, inspect, json, os, sys
@@ -44,7 +44,7 @@ def parse_spec(pairs):
         at[last] = parse_items(v) if k=='eval' and not v.startswith('{') else parse_value(v)
     return Spec.from_dict(d)
 
-# %% ../nbs/90_cli.ipynb #756741f3
+# %% ../nbs/90_cli.ipynb #67b7c969
 command = Axis('command')
 
 @command
@@ -124,12 +124,15 @@ def data(action:str,             # check, convert or inventory
          skip_bad:bool=False):  # Leave bad rows out instead of refusing
     "Check or convert a file of training rows, or list what the data folder holds"
     from flow2lab import formats
-    if action=='inventory': r = formats.inventory(); return Result(r, formats.inventory_text(r))
+    if action=='inventory': r = formats.inventory(); return Result(r, inventory_text(r))
     if action not in ('check', 'convert'): raise UserError(f'unknown action "{action}". {nearest(action, ["check", "convert", "inventory"])}')
     if not file: raise UserError(f'data {action}: name the file.')
-    if action=='check': return formats.check(file, skip_bad=skip_bad)
+    if action=='check':
+        r = formats.check(file)
+        if r.message and not skip_bad: print(str(r).rsplit("\n", 1)[0], file=sys.stderr); raise UserError(r.message)
+        return r
     if not out: raise UserError('data convert: name the file to write with --out.')
-    return formats.convert(file, out, skip_bad=skip_bad)
+    n = formats.convert(file, out, skip_bad=skip_bad); return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
 
 @command(pos=['axis'])
 def list(axis:str=''):           # task, arch, method, quantizer, backend or command; all if not given
@@ -146,6 +149,15 @@ def estimate(*spec:str):         # Fields as key=value, e.g. base=Qwen/Qwen3-8B 
     s = parse_spec(spec); s.validate()
     r = estimate_spec(s)
     return Result(r, '\n'.join(f'{k:16} {v:>18,}' + (f'  ({v/2**30:.2f} GiB)' if k not in ('parameters', 'trainable') else '') for k,v in r.items()))
+
+# %% ../nbs/90_cli.ipynb #935509b8
+def inventory_text(r):
+    "What `data inventory` says to a person"
+    from flow2lab.formats import human_bytes
+    lines = [f'{r["datasets"]["count"]} data sets, {r["datasets"]["rows"]} rows, {human_bytes(r["datasets"]["bytes"])}',
+             f'{r["results"]["runs"]} runs in {len(r["results"]["studies"])} studies, {human_bytes(r["results"]["bytes"])}',
+             f'{len(r["adapters"])} adapters', *(f'  {a["name"]:40} {a.get("method") or "":10} {human_bytes(a["bytes"])}' for a in r['adapters'])]
+    return '\n'.join(lines + [f'over the size guideline: {o}' for o in r['over']])
 
 # %% ../nbs/90_cli.ipynb #3e2d0553
 class Result:

@@ -6,7 +6,7 @@ Docs: https://flow2lab.github.io/flow2lab/models.html.md"""
 
 # %% auto #0
 __all__ = ['transformer', 'preset', 'hub_reachable', 'locate', 'pick_device', 'pick_dtype', 'load_tokenizer', 'load_model',
-           'meta_model', 'count_params', 'kv_bytes_per_token', 'estimate_memory', 'PeakMemory']
+           'forget_gguf', 'meta_model', 'count_params', 'kv_bytes_per_token', 'estimate_memory', 'PeakMemory']
 
 # %% ../nbs/20_models.ipynb #e92f16a5
 import contextlib, json, os, socket, threading, time
@@ -73,7 +73,7 @@ def locate(base):
     _from_hub(str(base))
     return str(base), {}
 
-# %% ../nbs/20_models.ipynb #e51da814
+# %% ../nbs/20_models.ipynb #3822bd36
 def pick_device(device='auto'):
     import torch
     if device!='auto': return device
@@ -122,7 +122,15 @@ def load_model(base,               # Shipped name, folder, GGUF file, hub id or 
         if 'trust_remote_code' in str(e) or 'model type' in str(e).lower():
             raise UserError(f'{base}: needs code from the hub or an unknown architecture ({str(e).splitlines()[0]}). flow2lab does not run remote code.') from e
         raise
+    if 'gguf_file' in g: forget_gguf(m)
     return (m if 'quantization_config' in kw else m.to(device)).eval()
+
+def forget_gguf(model):
+    "A model read from GGUF holds plain weights, yet transformers goes on calling it quantized and refuses to train or save it"
+    for o,names in ((model, ('hf_quantizer', 'quantization_method')), (model.config, ('quantization_config',))):
+        for n in names:
+            if hasattr(o, n): delattr(o, n)
+    model.is_quantized = False
 
 # %% ../nbs/20_models.ipynb #95b1464e
 def meta_model(base, **kw):
