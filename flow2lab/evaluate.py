@@ -145,7 +145,7 @@ def logits(self:hf, rows, cols, **kw):
     if head is None: return self.model(**kw).logits[rows, cols]
     with only_at(head, rows, cols): return self.model(**kw).logits[0]
 
-# %% ../nbs/50_evaluate.ipynb #3696185f
+# %% ../nbs/50_evaluate.ipynb #58a48be8
 @functools.lru_cache
 def _mkl_is_slow():
     import torch
@@ -153,19 +153,17 @@ def _mkl_is_slow():
     with contextlib.suppress(OSError): return 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
     return 'AMD' in platform.processor()
 
+@contextlib.contextmanager
 def fast_fp32(model, on=None):
-    "In a `with` block, linear layers of an fp32 model on an AMD processor run through oneDNN"
+    "In a `with` block, linear layers of an fp32 model on an AMD processor run through oneDNN where no gradient is wanted"
     import torch
-    on = _mkl_is_slow() if on is None else on
-    if not on or model.device.type!='cpu' or model.dtype!=torch.float32: return contextlib.nullcontext()
-    op, linear = torch.ops.mkldnn._linear_pointwise, torch.nn.functional.linear
-    fits = lambda x, w, b=None: (type(w) in (torch.Tensor, torch.nn.Parameter) and type(x) is torch.Tensor and x.dtype==w.dtype==torch.float32
-                                 and x.numel()>=8*x.shape[-1] and w.is_contiguous() and not torch.is_grad_enabled())
-    class OneDNN(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, f, types, args=(), kw=None):
-            if f is linear and not kw and fits(*args): return op(args[0].contiguous(), args[1], args[2] if len(args)>2 else None, 'none', [], '')
-            return f(*args, **(kw or {}))
-    return OneDNN()
+    F, op, linear, on = torch.nn.functional, torch.ops.mkldnn._linear_pointwise, torch.nn.functional.linear, _mkl_is_slow() if on is None else on
+    def fits(x, w): return (type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter) and x.dtype==w.dtype==torch.float32
+                            and x.numel()>=8*x.shape[-1] and x.is_cpu and w.is_contiguous() and not torch.is_grad_enabled())
+    def faster(x, w, b=None): return op(x.contiguous(), w, b, 'none', [], '') if fits(x, w) else linear(x, w, b)
+    if on and model.device.type=='cpu' and model.dtype==torch.float32: F.linear = faster
+    try: yield
+    finally: F.linear = linear
 
 # %% ../nbs/50_evaluate.ipynb #d9241c7d
 @functools.lru_cache

@@ -64,7 +64,7 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #9f519c2c
+# %% ../nbs/75_study.ipynb #f3a8adef
 @dataclass
 class Finding:
     "One claim and what the records say of it; `diff`, `lo` and `hi` in the unit of the metric"
@@ -89,7 +89,7 @@ def finding(claim, df, better, worse, metric, source='', margin=0.):
 
 def findings_table(fs):
     "Findings as a DataFrame for the page"
-    return pd.DataFrame([dict(finding=f.claim, source=f.source, difference=fmt_diff(f.diff, f.unit), interval=f'{fmt_diff(f.lo, f.unit)} to {fmt_diff(f.hi, f.unit)}',
+    return pd.DataFrame([dict(finding=f.claim, source=f.source, **{'difference [points]' if f.unit=='fraction' else f'difference [{f.unit}]': fmt_diff(f.diff, f.unit)}, interval=f'{fmt_diff(f.lo, f.unit)} to {fmt_diff(f.hi, f.unit)}',
                               verdict=f.verdict) for f in fs])
 
 # %% ../nbs/75_study.ipynb #234ea61c
@@ -128,7 +128,7 @@ def agreement(study, metrics, reference=None):
     for t,p in zip(tests, holm([t['p'] for t in tests]) if tests else []): t['p'] = float(p)
     return Agreement(len(tests), same, [t for t in tests if t['p']<.05], int((~there['name'].isin(here['name'])).sum()), relative(ref))
 
-# %% ../nbs/75_study.ipynb #c1bab207
+# %% ../nbs/75_study.ipynb #8d6810e9
 def studies():
     "{name: notebook} of the studies that there are"
     return {p.stem: p for p in sorted(project_path('nbs', 'studies').glob('*.ipynb'))}
@@ -170,7 +170,7 @@ def run_study(name, scale='nano', jobs=0, seeds=5, results=''):
     if seeds<1: raise UserError(f'seeds={seeds}: give at least 1.')
     study = results or study_folder(name, scale); t0 = time.time()
     out = results_path(study, f'{name}.ipynb')
-    execute(studies()[name], out, dict(scale=scale, jobs=jobs or os.cpu_count() or 1, seeds=seeds, study=study))
+    execute(studies()[name], out, dict(scale=scale, jobs=jobs or os.cpu_count() or 1, seeds=seeds, study=study), show=True)
     answer = json.loads((results_path(study)/'answer.json').read_text())
     files = sorted({relative(p) for p in results_path(study).glob('*.*')} | {relative(p) for p in results_path(study, 'plots').glob('*.*')})
     return StudyResult(study, compare(load_records(results_path(study)), metric=answer['metric']), files, agreement(study, answer['metrics']), answer['findings'],
