@@ -44,7 +44,7 @@ def parse_spec(pairs):
         at[last] = parse_items(v) if k=='eval' and not v.startswith('{') else parse_value(v)
     return Spec.from_dict(d)
 
-# %% ../nbs/90_cli.ipynb #67b7c969
+# %% ../nbs/90_cli.ipynb #c75a853a
 command = Axis('command')
 
 @command
@@ -65,7 +65,7 @@ def run(*spec:str,             # Fields as key=value, e.g. method=lora train.lr=
 def study(name:str,               # A notebook in nbs/studies
           scale:str='',           # nano, small or full; the setting `scale` if not given
           jobs:int=0,             # Runs at the same time, 0 for one a core or GPU
-          seeds:int=5,            # Training seeds of each configuration
+          seeds:int=0,            # Training seeds of each configuration, 0 for the study's own number
           results:str=''):        # Folder below data/results; study name, with -scale unless nano
     "Ask a study's question: run what is missing, write tables, plots and the report, compare with the reference"
     from flow2lab.study import run_study

@@ -128,7 +128,7 @@ def agreement(study, metrics, reference=None):
     for t,p in zip(tests, holm([t['p'] for t in tests]) if tests else []): t['p'] = float(p)
     return Agreement(len(tests), same, [t for t in tests if t['p']<.05], int((~there['name'].isin(here['name'])).sum()), relative(ref))
 
-# %% ../nbs/75_study.ipynb #8d6810e9
+# %% ../nbs/75_study.ipynb #5df3c124
 def studies():
     "{name: notebook} of the studies that there are"
     return {p.stem: p for p in sorted(project_path('nbs', 'studies').glob('*.ipynb'))}
@@ -163,14 +163,14 @@ def save_answer(study,          # Name of the study's folder
     files.append(html_report(out/'report.html', title or study, ([('', text)] if text else []) + sections + list(figures.items())))
     return [relative(f) for f in files]
 
-def run_study(name, scale='nano', jobs=0, seeds=5, results=''):
-    "Execute study `name` and say what it found"
+def run_study(name, scale='nano', jobs=0, seeds=0, results=''):
+    "Execute study `name` and say what it found; `jobs` 0 is one a core, `seeds` 0 the study's own number"
     from flow2lab.sweep import execute
     check_names('study', [name], studies()); scale_of(scale)
-    if seeds<1: raise UserError(f'seeds={seeds}: give at least 1.')
+    if seeds<0: raise UserError(f'seeds={seeds}: give at least 1, or 0 for the number that the study asks for.')
     study = results or study_folder(name, scale); t0 = time.time()
     out = results_path(study, f'{name}.ipynb')
-    execute(studies()[name], out, dict(scale=scale, jobs=jobs or os.cpu_count() or 1, seeds=seeds, study=study), show=True)
+    execute(studies()[name], out, dict(scale=scale, jobs=jobs or os.cpu_count() or 1, study=study, **(dict(seeds=seeds) if seeds else {})), show=True)
     answer = json.loads((results_path(study)/'answer.json').read_text())
     files = sorted({relative(p) for p in results_path(study).glob('*.*')} | {relative(p) for p in results_path(study, 'plots').glob('*.*')})
     return StudyResult(study, compare(load_records(results_path(study)), metric=answer['metric']), files, agreement(study, answer['metrics']), answer['findings'],
