@@ -102,7 +102,7 @@ def _moved(model, before, part=''):
     ps = [(n, p) for n,p in model.named_parameters() if p.requires_grad and part in n]
     return sum(before.trainable.get(n)!=tensor_hash(p) for n,p in ps), len(ps)
 
-# %% ../nbs/30_methods.ipynb #f691e943
+# %% ../nbs/30_methods.ipynb #cec92a1f
 def _some(d, n=3):
     ks = list(d); return {k: d[k] for k in {ks[0], ks[len(ks)//2], ks[-1]}} if len(ks)>n else d
 
@@ -113,6 +113,9 @@ def measured_rank(layer, r):
     with torch.no_grad():
         p = next(q for q in layer.parameters() if q.is_floating_point() and q.requires_grad)
         probe = torch.randn(r+16, i, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
+        if getattr(layer.get_base_layer().weight, 'dtype', p.dtype)==torch.bfloat16:       # its rounding would drown the update
+            s = torch.linalg.svdvals((probe @ layer.get_delta_weight('default').to(p.dtype).T).cpu())
+            return int((s > torch.finfo(p.dtype).eps * max(i, len(s)) * s[0]).sum())
         layer.eval(); out, base = layer(probe), layer.base_layer(probe); layer.train(was)
     s = torch.linalg.svdvals((out.float()-base.float()).cpu())
     noise = torch.finfo(out.dtype).eps * max(out.shape) * torch.linalg.svdvals(out.float().cpu())[0]

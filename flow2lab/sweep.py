@@ -250,7 +250,7 @@ def reap(self:_Server):
         with contextlib.suppress(OSError): sock.sendall(f'\n{end}\n'.encode())
         sock.close()
 
-# %% ../nbs/70_sweep.ipynb #6ef65b89
+# %% ../nbs/70_sweep.ipynb #c68fe7ce
 def _kill(pid, sig=signal.SIGKILL, living=True):
     "Signal a run's whole process group; a `living` run that has no group yet is signalled itself"
     try: os.killpg(pid, sig)
@@ -273,9 +273,12 @@ def answer(self:_Server, line):
     self.load(json.loads(msg)); self.start(line, fds)
     for f in fds: os.close(f)
 
-def _serve(fd, idle=600):      # Seconds without a run after which the warm process ends
+def _serve(fd,             # Our end of the owner's line
+           modules=(),     # To have ready
+           idle=600):      # Seconds without a run after which the warm process ends
     "Be the warm process until the owner of `fd` goes"
     s = _Server(fd); owner = s.lines[0]
+    s.load(modules)
     while owner in s.lines:
         ready = select.select([s.wake, *s.lines], [], [], None if s.runs else idle)[0]
         if not ready and not s.runs: return
@@ -284,24 +287,28 @@ def _serve(fd, idle=600):      # Seconds without a run after which the warm proc
             if line in s.lines: s.answer(line)
     for pid in s.runs: _kill(pid)
 
-# %% ../nbs/70_sweep.ipynb #3f2cec39
+# %% ../nbs/70_sweep.ipynb #1e6163ed
 _inline = 'module://matplotlib_inline.backend_inline'      # as a Jupyter kernel sets it
 
 class Warm:
     "The line to a warm process: our own, started at the first run, or that of the run which we are in"
     def __init__(self): self.pid, self.lock, self.sock = os.getpid(), threading.Lock(), None
 
-    def connect(self):
+    def connect(self, modules=()):
         pid, _, fd = os.environ.pop('FLOW2LAB_WARM', '').partition(':')
         if pid==str(os.getpid()): self.sock = socket.socket(fileno=int(fd)); return
         self.sock, its = socket.socketpair(); self.err = tempfile.TemporaryFile('w+')
         path = [str(Path(sys.modules['flow2lab'].__file__).parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])]
         env = dict(os.environ, PYTHONPATH=os.pathsep.join(path), PYTHONHASHSEED='0', OPENBLAS_NUM_THREADS='1',
                    TQDM_MININTERVAL='0.5', MPLBACKEND=_inline, PYTORCH_NVML_BASED_CUDA_CHECK='1')      # to ask for GPUs without starting CUDA
-        code = f'from flow2lab.sweep import _serve; _serve({its.fileno()})'
+        code = f'from flow2lab.sweep import _serve; _serve({its.fileno()}, {list(modules)!r})'
         self.proc = subprocess.Popen([sys.executable, '-c', code], env=env, pass_fds=[its.fileno()],
                                      stdin=subprocess.DEVNULL, stderr=self.err, start_new_session=True)
         its.close()
+
+    def begin(self, modules):
+        "Have the warm process start with its imports while we go on"
+        with self.lock: self.sock or self.connect(modules)
 
     def close(self):
         "End the warm process, and with it what still runs"
@@ -729,7 +736,7 @@ class _Bar:
         self.bar.set_postfix_str(next(iter(list(self.says.values())), note), refresh=False)
         self.bar.n, self.drawn = round(done+part, 2), (now, done); self.bar.refresh()
 
-# %% ../nbs/70_sweep.ipynb #78ab9486
+# %% ../nbs/70_sweep.ipynb #8923cba8
 def _slots(jobs):
     "Environment of each worker, and its threads"
     gs = gpus()
@@ -741,10 +748,13 @@ def _check(specs, study, template, jobs, retry, pool):
     check_names('pool', [pool], ['fork', 'ray'])
     if (jobs or 0)<0 or retry<0: raise UserError(f'jobs={jobs}, retry={retry}: neither can be negative.')
     check_template(template, ('spec_json', 'study', 'folder'))
+    todo = in_order(specs)
     home, root = inside(results_path(study)), results_path().resolve()
     if not study or home==root or not home.is_relative_to(root):
         raise UserError(f'study "{study}": not the name of a folder in {setting("results")}.')
-    return in_order(specs)
+    missing = [s for i,s in todo.items() if not (home/f'{s.name}--{i}'/'metrics.json').exists()]
+    if missing and pool=='fork': warm().begin(to_import(read_template(template)[1]))      # it imports while we do
+    return todo
 
 def _tidy_up(study):
     "Mend the workspaces of dead sweeps"
