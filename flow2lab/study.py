@@ -19,13 +19,13 @@ from .core import (Spec, UserError, atomic_write, check_names, hardware, nearest
 from .records import load_items, load_records, run_folders, summary
 from .stats import compare, fmt, fmt_diff, holm, paired_diff
 
-# %% ../nbs/75_study.ipynb #3e6b7199
+# %% ../nbs/75_study.ipynb #2a928884
 _full_lr = dict(full=1e-5, lora=2e-4, rslora=1e-4, dora=2e-4, vera=4e-3, pissa=1e-4, ia3=3e-3, loha=2e-4, lokr=5e-4, oft=2e-4, adalora=5e-4, prompt_tuning=3e-2)
 SCALES = dict(
     nano=AttrDict(base='nano', smaller='micro', task='nano_math', task_args=dict(n=400),
         eval=dict(nano_math=200, nano_choice=200, nano_qa=200), dtype='fp32', quant_args=dict(head='fp32'), ranks=(1, 4, 16),
         train=dict(epochs=2, batch_tokens=1024, seq_len=256, precision='bf16'),
-        lr=dict(full=2e-3, lora=1e-2, rslora=1e-2, dora=1e-2, vera=2e-1, pissa=3e-3, ia3=2e-1, loha=1e-2, lokr=1e-2, oft=2e-3, adalora=5e-3, prompt_tuning=1e-1)),
+        lr=dict(full=2e-3, lora=1e-2, rslora=5e-3, dora=1e-2, vera=2e-1, pissa=3e-3, ia3=2e-1, loha=1e-2, lokr=1e-2, oft=5e-3, adalora=5e-3, prompt_tuning=1e-1)),
     small=AttrDict(base='SmolLM2-135M-Instruct', smaller='SmolLM2-135M-Instruct', task='gsm8k', task_args=dict(n=240, path='gsm8k/train_first1500.jsonl'),
         eval=dict(gsm8k=dict(n=80, path='gsm8k/test.jsonl'), arc=dict(n=200, subset='easy', path='arc/arc_easy_test.jsonl'),
                   squad_v2=dict(n=80, path='squad_v2/dev.json')), dtype='bf16', quant_args={}, ranks=(8, 32, 128),

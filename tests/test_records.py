@@ -25,7 +25,8 @@ for i in range(first, last):
 '''
 
 def writer(root, first, last, n=20, **kw):
-    return subprocess.Popen([sys.executable, '-c', WRITER, str(root), str(first), str(last), str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen([sys.executable, '-c', WRITER, str(root), str(first), str(last), str(n)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def quiet_load(root):
     with warnings.catch_warnings(): warnings.simplefilter('error'); return load_records(root)
@@ -47,7 +48,8 @@ def test_kill_during_save_leaves_nothing_half(tmp_path):
         p = writer(tmp_path, 0, 24, n=3000); p.stdout.readline(); time.sleep(rnd.random()*.15)
         p.send_signal(signal.SIGKILL); killed += p.wait()==-signal.SIGKILL; p.communicate()
         for f in run_folders(tmp_path):
-            read_run(f); assert set(os.listdir(f))=={'spec.json','metrics.json','items.parquet','steps.jsonl','env.json'}
+            read_run(f)
+            assert set(os.listdir(f))=={'spec.json','metrics.json','items.parquet','steps.jsonl','env.json'}
         df = quiet_load(tmp_path); assert len(load_items(df, ['score']))==3000*len(df)
     assert killed>=3
     p = writer(tmp_path, 0, 24, n=3000); assert p.communicate(timeout=120) and p.returncode==0
@@ -67,7 +69,8 @@ def test_summary_is_the_same_bytes(tmp_path):
     for f in fs: shutil.copytree(f, tmp_path/'b'/f.name)
     want = summary(tmp_path/'a').read_bytes()
     for seed in '0', '1':
-        subprocess.run([sys.executable, '-c', 'import sys; from flow2lab.records import summary; summary(sys.argv[1])', str(tmp_path/'b')], env=dict(os.environ, PYTHONHASHSEED=seed), check=True)
+        subprocess.run([sys.executable, '-c', 'import sys; from flow2lab.records import summary; summary(sys.argv[1])',
+                        str(tmp_path/'b')], env=dict(os.environ, PYTHONHASHSEED=seed), check=True)
         assert (tmp_path/'b'/'metrics_summary.csv').read_bytes()==want
 
 @pytest.fixture(scope='module')
@@ -75,8 +78,10 @@ def three(tmp_path_factory):
     root = tmp_path_factory.mktemp('three'); writer(root, 0, 3).communicate(); return root
 
 @pytest.mark.parametrize('name,text,says', [
-    ('metrics.json', '{"id": "x', 'cannot be read'), ('metrics.json', '[]', 'no JSON object'), ('metrics.json', '{"id": "x"}', 'no field "name"'),
-    ('spec.json', '', 'cannot be read'), ('spec.json', None, 'is missing'), ('metrics.json', b'\xff\xfe', 'cannot be read')])
+    ('metrics.json', '{"id": "x', 'cannot be read'), ('metrics.json', '[]', 'no JSON object'),
+    ('metrics.json', '{"id": "x"}', 'no field "name"'),
+    ('spec.json', '', 'cannot be read'), ('spec.json', None, 'is missing'),
+    ('metrics.json', b'\xff\xfe', 'cannot be read')])
 def test_broken_folders_are_named_and_skipped(three, tmp_path, name, text, says):
     root = tmp_path/'study'; shutil.copytree(three, root); f = sorted(root.iterdir())[0]/name
     f.unlink() if text is None else f.write_bytes(text) if isinstance(text, bytes) else f.write_text(text)
@@ -92,14 +97,20 @@ def test_peft_files():
     p = real('peft_metamathqa'); df = load_any(p, 'peft'); c = compare(df, metric='accuracy')
     want = {}
     for f in p.glob('*.json'):
-        d = json.loads(f.read_text()); want[d['run_info']['experiment_name']] = d['train_info']['metrics'][-1]['test accuracy']
+        d = json.loads(f.read_text())
+        want[d['run_info']['experiment_name']] = d['train_info']['metrics'][-1]['test accuracy']
     got = {r['name']: r for r in c.to_dict()['rows']}
     assert {k: r['metric'] for k,r in got.items()}==want and {r['n'] for r in got.values()}=={1319}
     for r in got.values(): assert r['ci95']==pytest.approx([float(x) for x in wilson(r['metric'], 1319)], abs=1e-12)
-    top = max(want, key=want.get); assert top in c.tied_for_first and all(got[k]['rank_low']==1 for k in c.tied_for_first)
-    for r in got.values(): assert r['rank_low'] <= 1+sum(v>r['metric'] for v in want.values()) and r['rank_high'] >= sum(v>=r['metric'] for v in want.values())
-    cost = {d.name: (d['train/peak_memory'], d['train/seconds']) for d in [r for _,r in df.set_index('name').iterrows()]}
-    dominated = lambda k: any(want[j]>=want[k] and cost[j][0]<=cost[k][0] and cost[j][1]<=cost[k][1] and (want[j],*cost[j])!=(want[k],*cost[k]) for j in want)
+    top = max(want, key=want.get)
+    assert top in c.tied_for_first and all(got[k]['rank_low']==1 for k in c.tied_for_first)
+    for r in got.values():
+        assert r['rank_low'] <= 1+sum(v>r['metric'] for v in want.values()) and r['rank_high'] >= sum(v>=r['metric']
+            for v in want.values())
+    cost = {d.name: (d['train/peak_memory'], d['train/seconds']) for d in [r
+        for _,r in df.set_index('name').iterrows()]}
+    dominated = lambda k: any(want[j]>=want[k] and cost[j][0]<=cost[k][0] and cost[j][1]<=cost[k][1]
+                              and (want[j],*cost[j])!=(want[k],*cost[k]) for j in want)
     assert {k for k,r in got.items() if r['pareto']}=={k for k in want if not dominated(k)}
     wide = compare(load_any(p, n=200), metric='accuracy')
     assert len(wide.tied_for_first)>len(c.tied_for_first) and any('unpaired' in n for n in wide.notes)
@@ -111,15 +122,21 @@ def test_lm_eval_files():
     assert r['n']==5153 and r['rank_high']<=20 and c.rows['name'].iloc[0] in c.tied_for_first
     ppl = compare(df[df['name'].str.startswith('pythia-v1.1-70m@')], metric='lambada_openai/ppl')
     assert ppl.direction=='min' and ppl.rows['value'].is_monotonic_increasing and ppl.tied_for_first
-    t = load_any(real('lm_eval_tables')); assert t['name'].nunique()==1 and compare(t, metric='arc_easy/acc').rows['n'].tolist()==[10]
+    t = load_any(real('lm_eval_tables'))
+    assert t['name'].nunique()==1 and compare(t, metric='arc_easy/acc').rows['n'].tolist()==[10]
 
 def test_malformed_foreign_files(tmp_path):
     p = real('peft_metamathqa'); f = sorted(p.glob('*.json'))[0]; text = f.read_text(); d = json.loads(text)
     bad = tmp_path/'run.json'
-    for broken,says in [(text[:500], r'run.json:\d+: invalid JSON'), (json.dumps({k: v for k,v in d.items() if k!='train_info'}), 'no field "train_info"'),
-                        (json.dumps(dict(d, train_info=dict(d['train_info'], metrics=[]))), 'no entry with "test accuracy"'), (json.dumps(dict(d, train_info=[1])), 'field "train_info" is'),
-                        (json.dumps(dict(d, train_info=dict(d['train_info'], train_time='long'))), "train/seconds is 'long'")]:
+    for broken,says in [(text[:500], r'run.json:\d+: invalid JSON'),
+                        (json.dumps({k: v for k,v in d.items() if k!='train_info'}), 'no field "train_info"'),
+                        (json.dumps(dict(d, train_info=dict(d['train_info'], metrics=[]))),
+                         'no entry with "test accuracy"'), (json.dumps(dict(d, train_info=[1])),
+                                                            'field "train_info" is'),
+                        (json.dumps(dict(d, train_info=dict(d['train_info'], train_time='long'))),
+                         "train/seconds is 'long'")]:
         bad.write_text(broken)
         with pytest.raises(UserError, match=says): load_any(bad, 'peft')
-    q = real('pythia_lm_eval'); d = json.loads(next(q.rglob('*step0.json')).read_text()); d['results']['piqa']['acc'] = None; bad.write_text(json.dumps(d))
+    q = real('pythia_lm_eval'); d = json.loads(next(q.rglob('*step0.json')).read_text())
+    d['results']['piqa']['acc'] = None; bad.write_text(json.dumps(d))
     with pytest.raises(UserError, match='results.piqa.acc" is None, not a number'): load_any(bad)
