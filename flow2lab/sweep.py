@@ -736,7 +736,7 @@ class _Bar:
         self.bar.set_postfix_str(next(iter(list(self.says.values())), note), refresh=False)
         self.bar.n, self.drawn = round(done+part, 2), (now, done); self.bar.refresh()
 
-# %% ../nbs/70_sweep.ipynb #8923cba8
+# %% ../nbs/70_sweep.ipynb #5415257e
 def _slots(jobs):
     "Environment of each worker, and its threads"
     gs = gpus()
@@ -752,8 +752,6 @@ def _check(specs, study, template, jobs, retry, pool):
     home, root = inside(results_path(study)), results_path().resolve()
     if not study or home==root or not home.is_relative_to(root):
         raise UserError(f'study "{study}": not the name of a folder in {setting("results")}.')
-    missing = [s for i,s in todo.items() if not (home/f'{s.name}--{i}'/'metrics.json').exists()]
-    if missing and pool=='fork': warm().begin(to_import(read_template(template)[1]))      # it imports while we do
     return todo
 
 def _tidy_up(study):
