@@ -464,7 +464,7 @@ def drain(self:Run):
     if b: self.stream('stderr', b.decode('utf-8', 'replace'))
     else: os.close(self.raw); self.raw = 0
 
-# %% ../nbs/70_sweep.ipynb #2c2771f9
+# %% ../nbs/70_sweep.ipynb #210c64cf
 @patch
 def watch(self:Run, timeout=None, execution_timeout=None, stop=None):
     "Take everything down until the process is gone; kill it at its time limit, or when `stop` is set"
@@ -487,7 +487,9 @@ def watch(self:Run, timeout=None, execution_timeout=None, stop=None):
 def end(self:Run, name, why):
     "Kill the run; Python first writes down where it is, which ends up in the notebook"
     self.why = (name, why)
-    if name=='Timeout': _kill(self.pid, signal.SIGUSR1); self.listen(0.2)
+    if name=='Timeout':
+        _kill(self.pid, signal.SIGUSR1); told = time.monotonic() + 1
+        while time.monotonic()<told and self.status is None: self.listen(0.2)
     _kill(self.pid)
 
 @patch
