@@ -55,6 +55,7 @@ class Lab:
     def template(self, middle='time.sleep(0.1)'): return self.notebook('tiny.ipynb', BEGIN, middle, RECORD)
     def start(self, seeds, **kw):
         p = subprocess.Popen([sys.executable, 'sweeper.py', json.dumps(list(seeds)), json.dumps(kw)], cwd=self.root, env=self.env, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),     # a test run in the background ignores ctrl-C
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self.procs.append(p); return p
     def run(self, seeds, **kw):
