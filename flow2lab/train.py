@@ -216,24 +216,24 @@ class _Back(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g.new_zeros(ctx.cells, *g.shape[1:]).index_copy_(0, ctx.saved_tensors[0], g), None
 
-# %% ../nbs/31_train.ipynb #8cebf6e0
+# %% ../nbs/31_train.ipynb #f32f939d
 class _Squares(torch.autograd.Function):
     "Causal attention of short documents by plain products. q (n, h, l, d), k and v (n, g, l, d) → (n, h, l, d)"
     @staticmethod
     def forward(ctx, q, k, v, scale):
         (n, h, l, d), g = q.shape, k.shape[1]; ctx.dims = n, h, l, d, g, scale
-        q, k, v = (q*scale).reshape(n*g, -1, d), k.reshape(n*g, l, d), v.reshape(n*g, l, d)        # (n g, h/g l, d)
-        s = torch.bmm(q, k.transpose(1, 2)).view(-1, l, l)
-        p = torch.softmax(s.add_(torch.full((l, l), -torch.inf, dtype=s.dtype).triu(1)), -1).view(n*g, -1, l)
+        q, k, v = q.reshape(n*g, -1, d), k.reshape(n*g, l, d), v.reshape(n*g, l, d)                # (n g, h/g l, d)
+        future = torch.full((l, l), -torch.inf, dtype=q.dtype).triu(1).repeat(h//g, 1)
+        p = torch.softmax(torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale), -1)            # (n g, h/g l, l)
         o = torch.bmm(p, v)
         ctx.save_for_backward(q, k, v, p, o)
         return o.view(n, h, l, d)
     @staticmethod
     def backward(ctx, do):
         q, k, v, p, o = ctx.saved_tensors; n, h, l, d, g, scale = ctx.dims
-        do = do.reshape(n*g, -1, d)
-        ds = torch.bmm(do, v.transpose(1, 2)).sub_((do.float()*o).sum(-1, keepdim=True)).mul_(p)   # through the softmax
-        dq, dk, dv = torch.bmm(ds, k).mul_(scale), torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), do)
+        do = do.reshape(n*g, -1, d); mean = (do*o).sum(-1, keepdim=True, dtype=torch.float32).to(do.dtype)   # mixed types would be slow
+        ds = torch.baddbmm(mean, do, v.transpose(1, 2), beta=-scale, alpha=scale).mul_(p)          # through the softmax
+        dq, dk, dv = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), do)
         return dq.view(n, h, l, d), dk.view(n, g, l, d), dv.view(n, g, l, d), None
 
 def _attend(q, k, v, scale, dropout, window):
