@@ -7,9 +7,9 @@ Docs: https://flow2lab.github.io/flow2lab/train.html.md"""
 # %% auto #0
 __all__ = ['prompt_text', 'turn_text', 'encode_row', 'Samples', 'max_length', 'encode', 'blocks', 'plan', 'pack', 'leak',
            'layout', 'packed_attention', 'doc_attention', 'eval_mode', 'way_to_batch', 'pad_batch', 'label_loss',
-           'has_bf16', 'precision_of', 'StepData', 'NonFinite', 'Trainer', 'orthogonality', 'Curve', 'seal', 'sealed',
-           'file_hash', 'newest', 'writing', 'run_key', 'card', 'quiet', 'TrainResult', 'is_oom', 'oom_advice', 'fit',
-           'free_memory', 'count_steps']
+           'fast_norms', 'has_bf16', 'precision_of', 'StepData', 'NonFinite', 'Trainer', 'orthogonality', 'Curve',
+           'seal', 'sealed', 'file_hash', 'newest', 'writing', 'run_key', 'card', 'quiet', 'TrainResult', 'is_oom',
+           'oom_advice', 'fit', 'free_memory', 'count_steps']
 
 # %% ../nbs/31_train.ipynb #76bdf5b2
 import contextlib, gc, hashlib, inspect, json, os, shutil, tempfile, time, warnings
@@ -335,6 +335,42 @@ def label_loss(model, mb,   # A micro-batch
     elif not slices and 'keep' in mb: logits = logits[:,keep]
     return _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), t.reshape(-1), 1/n)
 
+# %% ../nbs/31_train.ipynb #76a6485b
+class _RMSNorm(torch.autograd.Function):
+    "x / rms(x) · w over the last dimension, inside in float32. x (..., d), w (d)"
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        f = x.float()
+        r = torch.linalg.vector_norm(f, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        n = (f*r).to(x.dtype)
+        ctx.save_for_backward(n, w, r)
+        return n*w
+    @staticmethod
+    def backward(ctx, g):
+        (n, w, r), (need_x, need_w, _) = ctx.saved_tensors, ctx.needs_input_grad
+        g = g.to(torch.promote_types(n.dtype, torch.float32)); d = n.shape[-1]; gn = (g*n).reshape(-1, d)
+        dx = torch.addcmul(g*w, n, torch.mv(gn, w.to(g.dtype)).view_as(r).div_(d), value=-1).mul_(r).to(n.dtype) if need_x else None
+        return dx, gn.sum(0).to(w.dtype) if need_w else None, None
+
+def _is_rms(m):
+    "Does module `m` compute what `_RMSNorm` does?"
+    w, eps = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None)
+    if not type(m).__name__.endswith('RMSNorm') or eps is None or w is None or w.dim()!=1 or w.is_meta: return False
+    x = torch.randn(2, len(w), device=w.device, dtype=w.dtype)
+    with torch.no_grad(), contextlib.suppress(TypeError, RuntimeError):
+        a, b = m(x), _RMSNorm.apply(x, w, eps)
+        return a.dtype==b.dtype and bool((a-b).abs().max() <= 4*torch.finfo(a.dtype).eps*a.abs().max())
+    return False
+
+@contextlib.contextmanager
+def fast_norms(model):
+    "Let `model` compute its RMSNorms in one piece inside the block"
+    with torch.random.fork_rng(): ms = [m for m in model.modules() if _is_rms(m)]
+    for m in ms: m.forward = lambda x, m=m: _RMSNorm.apply(x, m.weight, m.variance_epsilon)
+    try: yield
+    finally:
+        for m in ms: del m.forward
+
 # %% ../nbs/31_train.ipynb #bd539443
 def has_bf16(device='cpu'):
     "Does the hardware multiply in bf16?"
@@ -649,7 +685,7 @@ def save_weights(self:Trainer, folder):
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #5b6d0bf0
+# %% ../nbs/31_train.ipynb #992edb85
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -729,7 +765,7 @@ def fit(model,          # A transformers model, perhaps with an adapter
     with PeakMemory() as mem:
         try:
             model.train(); way = way_to_batch(model)
-            with doc_attention(model) if way=='docs' else contextlib.nullcontext():
+            with fast_norms(model), doc_attention(model) if way=='docs' else contextlib.nullcontext():
                 tr = _trainer(model, tok, rows, t, seed, about, out, valid, way, resume, progress, use_cache)
                 res.resumed = tr.resumed
                 with writing(out or 'training'): tr.train(resume_from_checkpoint=tr.resume_from)
