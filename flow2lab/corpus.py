@@ -556,7 +556,7 @@ def write_shards(docs, folder, size):
         out.append(dict(name=f'{folder.name}/{p.name}', documents=len(c), chars=sum(len(d['text']) for d in c), bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
-# %% ../nbs/12_corpus.ipynb #e23649a8
+# %% ../nbs/12_corpus.ipynb #3df263a6
 class Prepared(Report):
     "What `prepare` made: `folder`, `documents`, `report`, and `fresh`, False if it was there already"
     def __init__(self, folder, manifest, fresh):
@@ -568,13 +568,13 @@ def _prepared_text(folder, m, fresh):
     lines = [f'{relative(folder)}: {m["documents"]:,} documents, {m["chars"]:,} characters in {len(m["files"])} shards' + ('' if fresh else ' (already there)')]
     for s in m['report']['sources']:
         lines.append(f'  {s["name"]}: {s["documents"]:,} read, {s["kept"]:,} kept, share {s["share"]:.1%}')
-        lines += [f'    - {n:,} {why}' for why,n in s['removed'].items()]
+        lines += [f'    - {n:,} {why}' for why,n in sorted(s['removed'].items(), key=lambda o: -o[1]) if n]
     return '\n'.join(lines)
 
 def _inputs(sources, limit, skip_bad):
     "[(name, weight, [(label, key, documents)])] of a mix; the key changes when the input does"
     from flow2lab.tasks import hub_rows
-    out = []
+    out, names = [], set()
     for name,w in as_mix(sources).items():
         if (files := source_files(name)) is not None:
             parts = [(f.name, [f.name, fingerprint(f, 64)], lambda f=f: itertools.islice(file_documents(f, skip_bad), limit or None)) for f in files]
@@ -584,7 +584,8 @@ def _inputs(sources, limit, skip_bad):
             rows = lambda d=d, name=name: (dict(id=str(r.get('id') or r.get('url') or f'{name}:{i}'), text=_text_of(r, i))
                                            for i,r in enumerate(itertools.islice(hub_rows(d['repo'], d['config'], d['split']), limit)))
             parts = [(name, d, rows)]
-        out.append((name, w, parts))
+        short = name if files is None or (r := relative(find_data(name))) in names else r
+        names.add(short); out.append((short, w, parts))
     return out
 
 def prepare(sources,          # File, folder, declared name, a list of these, {name: weight}, or a JSON file of that
