@@ -8,15 +8,16 @@ Docs: https://flow2lab.github.io/flow2lab/quantize.html.md"""
 __all__ = ['QuantMethod', 'QuantizationSpec', 'parse_tag', 'quant_spec', 'tag_quant', 'kept_whole', 'quantized_layers', 'nf4',
            'fp4', 'int8', 'torchao_int8', 'dynamic_int8', 'held_tensors', 'size_in_memory', 'size_on_disk', 'why_not',
            'check_combination', 'dense_weight', 'dense', 'merge', 'load_base', 'trained_weights', 'tokenizer_of',
-           'start', 'pack', 'apply', 'save_quantized', 'load_quantized']
+           'start', 'pack', 'apply', 'save_quantized', 'load_quantized', 'model_folder', 'folder_info', 'open_adapter',
+           'open_model', 'merge_adapter']
 
-# %% ../nbs/40_quantize.ipynb #278f225b
+# %% ../nbs/40_quantize.ipynb #5d0b024b
 import contextlib, copy, json, logging, os, re, tempfile, warnings
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import Spec, UserError, atomic_dir, bound_args, method, output_path, quantizer, relative, to_json
+from .core import Spec, UserError, atomic_dir, atomic_write, base_folder, bound_args, method, output_path, project_path, quantizer, relative, setting, to_json
 from .methods import CertificateError, adapted_layers, bare, hold, is_quantized, linear_layers, load_adapter, low_bit, repacked
 
 # %% ../nbs/40_quantize.ipynb #40365a75
@@ -91,7 +92,7 @@ def tag_quant(spec):
     if spec.task: before = replace(before, method=QuantMethod.QLORA)
     return tag_quant(replace(before, then=after if spec.quant else None))
 
-# %% ../nbs/40_quantize.ipynb #a0c490e3
+# %% ../nbs/40_quantize.ipynb #4d956940
 def _plain(model):
     if hasattr(model, 'peft_config'): raise UserError('quantize: the model carries an adapter. Merge it first: merge(model).')
     if is_quantized(model): raise UserError('quantize: the model is quantized already. Start from its base, or from merge(model).')
@@ -101,7 +102,6 @@ def _plain(model):
 def _source(model, dtype):
     "What `load_model` can quantize while loading: a folder or hub id with full-precision safetensors"
     from flow2lab.models import load_model, locate, preset
-    from flow2lab.core import base_folder
     if isinstance(model, (str, Path)):
         if not (preset(model) and not base_folder(model)) and not locate(model)[1]: yield str(model), 'auto'; return
         model = load_model(model, dtype=dtype)                              # a preset or a GGUF file
@@ -129,7 +129,8 @@ def _by_config(model, name, args, config):
     "`model` quantized by transformers while loading, everything but its linear layers in dtype `args['head']`"
     from flow2lab.models import load_model
     with _quiet(), _source(model, args['head']) as (where, device):
-        if (skip := kept_whole(where)): setattr(config, 'llm_int8_skip_modules' if hasattr(config, 'llm_int8_skip_modules') else 'modules_to_not_convert', skip+['lm_head'])
+        if (skip := kept_whole(where)): setattr(config, 'llm_int8_skip_modules' if hasattr(config, 'llm_int8_skip_modules') else 'modules_to_not_convert',
+                                                   [rf'.*\.{n}' for n in skip] + ['lm_head'])
         return _checked(load_model(where, dtype=args['head'], device=device, quantization_config=config), name, args)
 
 # %% ../nbs/40_quantize.ipynb #3bb2996f
@@ -291,7 +292,7 @@ def dense(model):
     new.load_state_dict(sd); new.tie_weights()
     return new.eval()
 
-# %% ../nbs/40_quantize.ipynb #76dc63a4
+# %% ../nbs/40_quantize.ipynb #699f271a
 def _rel(a, b): return ((a-b).norm()/b.norm()).item()
 
 def _probe(model):
@@ -303,6 +304,16 @@ def _probe(model):
     model.train(was)
     return out
 
+def _exactly(model):
+    "The same computed in fp64, where 1e-6 is not rounding on the way through the layers"
+    params = [(p, p.dtype) for p in model.parameters()]
+    buffers = [(m, n, b) for m in model.modules() for n,b in m._buffers.items()]
+    model.double()
+    try: return _probe(model)
+    finally:
+        for p,d in params: p.data = p.data.to(d)
+        for m,n,b in buffers: m._buffers[n] = b
+
 def _same_adapter(was, now, layers, copies):
     "Raise unless the copied adapter has equal tensors and equal scales"
     import torch
@@ -313,7 +324,7 @@ def _same_adapter(was, now, layers, copies):
 
 def merge(model,             # With an adapter, on any base; or quantized, to be dequantized
           dtype='fp32',      # Of the result
-          exact=1e-5,        # Allowed relative error of the merge itself, in fp32
+          exact=None,        # Allowed relative error of the merge itself; 1e-6 in fp32 and 1e-2 in bf16 if not given
           like=0.25):        # Allowed relative difference from `model`, which may compute in bf16 or int8
     "A fresh model that computes what `model` does, without adapter and quantization. Raises `CertificateError` when it doesn't"
     import torch
@@ -326,11 +337,12 @@ def merge(model,             # With an adapter, on any base; or quantized, to be
     beside = get_peft_model(dense(model), cfg)
     state = get_peft_model_state_dict(model); set_peft_model_state_dict(beside, state)
     _same_adapter(state, get_peft_model_state_dict(beside), adapted_layers(model), adapted_layers(beside))
-    want = _probe(beside.eval())
-    if (e := _rel(want, _probe(model))) > like: raise CertificateError(f'merge: the adapter on the dequantized base differs by {e:.2g} from the model')
-    merged = beside.merge_and_unload(safe_merge=True)
-    if (e := _rel(_probe(merged), want)) > exact: raise CertificateError(f'merge: relative error {e:.2g} in fp32, {exact:.0e} allowed')
-    return merged.to(pick_dtype(dtype)).eval()
+    want = _exactly(beside.eval())
+    if (off := _rel(want, _probe(model))) > like: raise CertificateError(f'merge: the adapter on the dequantized base differs by {off:.2g} from the model')
+    merged = beside.merge_and_unload(safe_merge=True).to(pick_dtype(dtype)).eval(); exact = exact or (1e-6 if dtype=='fp32' else 1e-2)
+    if (e := _rel(_exactly(merged), want)) > exact: raise CertificateError(f'merge: relative error {e:.2g} in {dtype}, {exact:.0e} allowed')
+    merged.merged = dict(error=e, allowed=exact, from_model=off)
+    return merged
 
 # %% ../nbs/40_quantize.ipynb #66ca63c2
 def load_base(spec,          # Says base, base_quant and base_quant_args
@@ -400,3 +412,66 @@ def load_quantized(folder, device='auto'):
     with _quiet(): model = hold(load_model(folder, dtype=spec.head, device=device))
     model.quantized_by, model.quantization = info['quantizer'], spec
     return model
+
+# %% ../nbs/40_quantize.ipynb #8417d3e0
+def model_folder(where):
+    "The folder that `where` means: given as it is, from the project root or below the outputs; of a run, its adapter or else its last weights"
+    for p in (Path(where).expanduser(), project_path(where), project_path(setting('outputs'), where)):
+        for f in (p, p/'adapter', p/'last'):
+            if (f/'config.json').is_file() or (f/'adapter_config.json').is_file(): return f.resolve()
+
+def folder_info(folder):
+    "What flow2lab wrote beside the weights in `folder`, {} if nothing"
+    f = Path(folder)/'flow2lab.json'
+    return json.loads(f.read_text(encoding='utf-8')) if f.is_file() else {}
+
+def open_adapter(folder, dtype='auto',
+                 base=''):       # In place of the one it names, which may have moved
+    "(model with the adapter in `folder` on its base, tokenizer, Spec it was trained by). Raises `UserError` for another base or tokenizer"
+    info = folder_info(folder)
+    if 'spec' not in info: raise UserError(f'{relative(folder)}: an adapter without flow2lab.json, so its base cannot be checked. Load it with peft, or train it here.')
+    s = Spec.from_dict(info['spec']).but(quant='', **(dict(base=base) if base else {}), **(dict(dtype=dtype) if dtype!='auto' else {}))
+    tok = tokenizer_of(s)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                     # PEFT looks for the base on the hub
+        return load_adapter(start(s), folder, tok), tok, s
+
+def open_model(where,              # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
+               dtype:str='auto', device:str='auto'):
+    "(model, tokenizer) of whatever `where` is"
+    from flow2lab.models import load_model, load_tokenizer
+    f = model_folder(base_folder(where) or where)
+    if f is None: return load_model(where, dtype=dtype, device=device), load_tokenizer(where)
+    if (f/'adapter_config.json').is_file(): return open_adapter(f, dtype)[:2]
+    if 'quantizer' in folder_info(f): return load_quantized(f, device), load_tokenizer(f)
+    return load_model(f, dtype=dtype, device=device), load_tokenizer(f)
+
+# %% ../nbs/40_quantize.ipynb #64ac3b3c
+def merge_adapter(adapter,          # Folder of an adapter, or of the run that trained it
+                  base_dtype='',    # fp32 or bf16; '' for fp32, and for a base that was quantized to quantize the result again
+                  out='',           # Folder to write; beside the adapter's own in the outputs if not given
+                  base=''):         # In place of the base that the adapter names
+    "Merge an adapter into its base; what was written and how exact it is. Raises `UserError` for what cannot be merged, with the reason"
+    if base_dtype not in ('', 'fp32', 'bf16'): raise UserError(f'base_dtype={base_dtype}: fp32, bf16, or leave it out.')
+    f = model_folder(adapter)
+    if f is None: raise UserError(f'{adapter}: no adapter here. Give the folder that holds adapter_config.json, or that of its run.')
+    if not (f/'adapter_config.json').is_file(): raise UserError(f'{relative(f)}: holds a model, not an adapter: there is nothing to merge.')
+    name = f.parent.name if f.name=='adapter' else f.name
+    to = Path(out).expanduser() if out else project_path(setting('outputs'), f'{name}-merged')
+    if to.exists() and not (to/'merge.json').is_file(): raise UserError(f'{out}: exists and is no merge of ours. Choose another folder with --out.')
+    with _quiet(): model, tok, s = open_adapter(f, 'fp32' if not folder_info(f)['spec'].get('base_quant') else 'auto', base)
+    again = s.base_quant if not base_dtype else ''
+    if again and not quantizer[again].saves: raise UserError(f'{again}: has no file format to quantize into again. Give --base-dtype fp32 or bf16.')
+    try: merged = merge(model, base_dtype or 'fp32')
+    except CertificateError as e: raise UserError(f'{relative(f)}: {e}. Nothing was written.') from e
+    info = dict(adapter=relative(f), base=str(_origin(s)), weights=folder_info(f)['weights'], dtype=base_dtype or 'fp32', **merged.merged)
+    if again:
+        merged = quantizer[again](merged, None, **s.base_quant_args)
+        info.update(dtype=merged.quantization.tag, requantized=_rel(_probe(merged), _probe(model)))
+        save_quantized(merged, to, tok); atomic_write(to/'merge.json', to_json(info, indent=1)+'\n')
+        return dict(info, folder=str(to))
+    with atomic_dir(to) as d:
+        merged.save_pretrained(d); tok.save_pretrained(d); (d/'merge.json').write_text(to_json(info, indent=1)+'\n', encoding='utf-8')
+    return dict(info, folder=str(to))
+
+def _origin(spec): return _origin(spec.base) if isinstance(spec.base, Spec) else spec.base
