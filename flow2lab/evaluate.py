@@ -10,7 +10,7 @@ __all__ = ['Score', 'Generation', 'ENDS', 'ASK', 'ITEMS', 'encode', 'prompt_ids'
            'same_length', 'window_pairs', 'text_nll', 'perplexity', 'ask_choice', 'ask_generate', 'ask_loglikelihood',
            'Meter', 'evaluate_task', 'task_metrics', 'Evaluation', 'evaluate', 'memory_metrics']
 
-# %% ../nbs/50_evaluate.ipynb #c2f67b4e
+# %% ../nbs/50_evaluate.ipynb #b87fe93f
 import contextlib, functools, math, platform, time
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 from .core import UserError, backend, hash_of, task, to_json
 from .models import PeakMemory, kv_bytes_per_token, load_model, load_tokenizer
+from .scan import fast_scan
 from .tasks import prompt_hash, windows
 from .train import eval_mode, prompt_text
 
@@ -76,7 +77,7 @@ class Tree:
             if p>=0: a[i] |= a[p]
         return a
 
-# %% ../nbs/50_evaluate.ipynb #53597602
+# %% ../nbs/50_evaluate.ipynb #c56a1fcd
 @backend
 class hf:
     "A transformers model, with or without a PEFT adapter"
@@ -102,7 +103,7 @@ class hf:
     def quiet(self):
         "No gradients, no dropout, and the fast fp32 product where there is one"
         import torch
-        with torch.no_grad(), eval_mode(self.whole), fast_fp32(self.model): yield
+        with torch.no_grad(), eval_mode(self.whole), fast_fp32(self.model), fast_scan(self.model, quiet=True): yield
     def tensor(self, x): 
         import torch
         return torch.as_tensor(x, device=self.model.device)
@@ -275,7 +276,7 @@ def agrees(self:hf):
     rough = self.model.dtype!=torch.float32 or is_quantized(self.whole)
     return bool((fast-naive).float().pow(2).mean().sqrt() < (5e-2 if rough else 1e-3)*naive.float().std())
 
-# %% ../nbs/50_evaluate.ipynb #8b6e975e
+# %% ../nbs/50_evaluate.ipynb #bb1d86dc
 def common(seqs, least=8):
     "Tokens that all of `seqs` begin with, leaving one of each; 0 when fewer than `least` or only one sequence"
     a, b, n = min(seqs), max(seqs), min(map(len, seqs))-1
@@ -316,8 +317,8 @@ def batches(self:hf, sizes, before=0, most=0):
 
 @patch
 def kv_bytes(self:hf): 
-    try: return max(1, int(kv_bytes_per_token(self.model.config, self.model.dtype.itemsize)))
-    except (AttributeError, TypeError): return 2**14      # a model without attention heads
+    try: return int(kv_bytes_per_token(self.model.config, self.model.dtype.itemsize)) or 2**14
+    except (AttributeError, TypeError, UserError): return 2**14      # a model without attention heads
 
 # %% ../nbs/50_evaluate.ipynb #b5b4fa7e
 @patch

@@ -11,7 +11,7 @@ __all__ = ['prompt_text', 'turn_text', 'encode_row', 'Samples', 'max_length', 'e
            'seal', 'sealed', 'file_hash', 'newest', 'writing', 'run_key', 'card', 'quiet', 'TrainResult', 'is_oom',
            'oom_advice', 'fit', 'free_memory', 'count_steps']
 
-# %% ../nbs/31_train.ipynb #76bdf5b2
+# %% ../nbs/31_train.ipynb #31971b12
 import contextlib, gc, hashlib, inspect, json, os, shutil, tempfile, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, TrainerCallback, TrainingArguments
 from .core import *
 from .models import PeakMemory
+from .scan import fast_scan
 
 # %% ../nbs/31_train.ipynb #5abcd3ef
 def prompt_text(tok, messages):
@@ -685,7 +686,7 @@ def save_weights(self:Trainer, folder):
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #992edb85
+# %% ../nbs/31_train.ipynb #5e54e173
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -764,8 +765,10 @@ def fit(model,          # A transformers model, perhaps with an adapter
     res, use_cache, tr, curve = TrainResult(), getattr(model.config, 'use_cache', None), None, None
     with PeakMemory() as mem:
         try:
-            model.train(); way = way_to_batch(model)
-            with fast_norms(model), doc_attention(model) if way=='docs' else contextlib.nullcontext():
+            model.train()
+            with fast_scan(model, quiet=True), fast_norms(model), contextlib.ExitStack() as es:
+                way = way_to_batch(model)
+                if way=='docs': es.enter_context(doc_attention(model))
                 tr = _trainer(model, tok, rows, t, seed, about, out, valid, way, resume, progress, use_cache)
                 res.resumed = tr.resumed
                 with writing(out or 'training'): tr.train(resume_from_checkpoint=tr.resume_from)
