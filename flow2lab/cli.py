@@ -6,7 +6,8 @@ Docs: https://flow2lab.github.io/flow2lab/cli.html.md"""
 
 # %% auto #0
 __all__ = ['command', 'parse_value', 'parse_items', 'parse_spec', 'check_spec', 'run', 'study', 'compare', 'score', 'eval',
-           'bench', 'data', 'list', 'estimate', 'inventory_text', 'Result', 'stdout_to_stderr', 'overview', 'main']
+           'bench', 'chat', 'serve', 'merge', 'data', 'list', 'estimate', 'corpus', 'tokenizer', 'pack', 'action_of',
+           'known_tokenizers', 'weighted', 'inventory_text', 'Result', 'stdout_to_stderr', 'overview', 'main']
 
 # %% ../nbs/90_cli.ipynb #21648737
 import contextlib, inspect, json, os, sys
@@ -53,7 +54,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #4885b38c
+# %% ../nbs/90_cli.ipynb #8be29faa
 command = Axis('command')
 
 @command
@@ -127,6 +128,48 @@ def bench(model:str,             # Shipped name, folder, GGUF file or hub id
     m = bench(model, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
     return Result(dict(model=model, metrics=m), '\n'.join(f'{k:28} {v["value"]:>16,.6g} {v["unit"]}' for k,v in m.items()))
 
+@command
+def chat(model:str,              # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
+         system:str='',          # What the model is told before the talk
+         temperature:float=0.0,  # 0 for the likeliest answer
+         top_p:float=1.0,        # Draw from the likeliest tokens that together reach this
+         max_tokens:int=512,     # Of an answer
+         seed:int=0,             # Of answers with a temperature
+         backend:str='hf',       # hf, mlx or gguf
+         dtype:str='auto'):      # fp32, bf16 or auto
+    "Talk with a model in the terminal"
+    from flow2lab.serve import chat
+    chat(model, system, temperature, top_p, max_tokens, seed, backend, dtype)
+    return Result({}, '')
+
+@command
+def serve(model:str,             # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
+          host:str='127.0.0.1',  # Another than this machine's own needs FLOW2LAB_TOKEN in the environment
+          port:int=8000,         # 0 for a free one
+          rows:int=16,           # Requests that decode together
+          queue:int=64,          # Requests that may wait besides; more get status 429
+          time_limit:float=120.0,# Seconds of a request, waiting included
+          max_tokens:int=1024,   # Of a chat answer that asks for no number
+          allow_host:str='',     # Host names besides those of this machine, comma separated
+          allow_origin:str='',   # Origins whose pages may ask, comma separated
+          backend:str='hf',      # hf, mlx or gguf
+          dtype:str='auto'):     # fp32, bf16 or auto
+    "Serve a model: OpenAI's HTTP interface and a chat page"
+    from flow2lab.serve import serve
+    serve(model, host, port, rows, queue, time_limit, max_tokens, allow_host, allow_origin, backend, dtype, ready=lambda s: print(s, flush=True))
+    return Result({}, 'Stopped.')
+
+@command
+def merge(adapter:str,           # Folder of an adapter, or of the run that trained it
+          base_dtype:str='',     # fp32 or bf16; if not given fp32, and a base that was quantized is quantized again
+          out:str='',            # Folder to write; data/outputs/NAME-merged if not given
+          base:str=''):          # In place of the base that the adapter names
+    "Merge an adapter into its base, checked by logits"
+    from flow2lab.quantize import merge_adapter
+    r = merge_adapter(adapter, base_dtype, out, base)
+    text = [f'{r["dtype"]} in {relative(r["folder"])}', f'relative error of the merge {r["error"]:.1e}, {r["allowed"]:.0e} allowed']
+    return Result(r, '\n'.join(text + ([f'relative change by quantizing again {r["requantized"]:.1e}'] if 'requantized' in r else [])))
+
 @command(pos=['file'])
 def data(action:str,             # check, convert or inventory
          file:str='',            # File to look at
@@ -159,6 +202,81 @@ def estimate(*spec:str):         # Fields as key=value, e.g. base=Qwen/Qwen3-8B 
     s = check_spec(parse_spec(spec))
     r = estimate_spec(s)
     return Result(r, '\n'.join(f'{k:16} {v:>18,}' + (f'  ({v/2**30:.2f} GiB)' if k not in ('parameters', 'trainable') else '') for k,v in r.items()))
+
+@command
+def corpus(*what:str,            # prepare SOURCES..., stats CORPUS, or dedup FILE
+           out:str='',           # prepare: folder of the corpus; dedup: JSONL for the kept rows
+           rules:str='',         # prepare: names of cleaning rules, comma separated; all if not given
+           language:str='en',    # prepare: language to keep, any for all
+           near:float=.8,        # Similarity from which documents are near-duplicates, 0 to look for exact copies only
+           against:str='',       # prepare: tasks or files whose items must not be in it, comma separated; task=path names its file
+           limit:int=0,          # prepare: documents of each file or stream, 0 for all
+           shard_mb:float=64,    # prepare: million characters in a shard
+           workers:int=0,        # Processes, 0 for one a core
+           skip_bad:bool=False): # Leave out rows that cannot be read
+    "Clean, deduplicate, mix and shard text (a source is a file, a folder, a declared name, or any with =weight); look for duplicates"
+    from flow2lab import corpus as c
+    action, names = action_of(what, ['prepare', 'stats', 'dedup'])
+    if not names: raise UserError(f'corpus {action}: name {"a source" if action=="prepare" else "a corpus or file"}.')
+    if action!='prepare' and len(names)>1: raise UserError(f'corpus {action}: one at a time, not {len(names)}.')
+    if action=='stats': return c.corpus_stats(names[0])
+    if action=='dedup': return c.dedup(names[0], near=near, out=out, skip_bad=skip_bad, workers=workers)
+    if not out: raise UserError('corpus prepare: name the folder to write with --out.')
+    return c.prepare(weighted(names), out, rules=rules.split(',') if rules else None, language='' if language=='any' else language, near=near,
+                     against=[a for a in against.split(',') if a], limit=limit, shard_mb=shard_mb, skip_bad=skip_bad, workers=workers)
+
+@command
+def tokenizer(*what:str,               # train CORPUS..., or check TOKENIZER [TEXTS...]
+              out:str='',              # train: folder of the tokenizer
+              vocab:int=32_000,        # Pieces, special tokens included
+              kind:str='bytes',        # bytes (byte-level BPE) or sentencepiece (unigram with byte fallback)
+              context:int=1024,        # Longest sequence of the models it is for, in tokens
+              sample_mb:float=200):    # Million characters to learn from
+    "Train a tokenizer on a corpus (any with =weight), or check one: round trips, tokens a word, special tokens"
+    from flow2lab import tokenize as t
+    action, names = action_of(what, ['train', 'check'])
+    if not names: raise UserError(f'tokenizer {action}: name {"a corpus" if action=="train" else "a tokenizer"}.')
+    if action=='check':
+        from flow2lab.models import load_tokenizer
+        r = t.check_tokenizer(load_tokenizer(names[0]), names[1:], beside=known_tokenizers() if names[1:] else {})
+        if not r['ok']: print(r, file=sys.stderr); raise UserError(f'{names[0]}: {r["failed"][0]}.')
+        return r
+    if not out: raise UserError('tokenizer train: name the folder to write with --out.')
+    return t.tokenizer_report(t.make_tokenizer(weighted(names), out, vocab=vocab, kind=kind, context=context, sample_mb=sample_mb), out)
+
+@command
+def pack(corpus:str,               # Prepared corpus, or a file of documents
+         tokenizer:str='',         # Folder or name of the tokenizer
+         out:str='',               # Folder of the packed tokens
+         seq_len:int=1024,         # Tokens in a sequence
+         how:str='contiguous',     # contiguous (one stream, cut anywhere) or first_fit (documents kept apart)
+         workers:int=0):           # Processes, 0 for one a core
+    "Turn a corpus into token sequences on disk, ready to train on"
+    from flow2lab.models import load_tokenizer
+    from flow2lab.tokenize import pack_corpus
+    for k,v in dict(tokenizer=tokenizer, out=out).items():
+        if not v: raise UserError(f'pack: --{k} is missing.')
+    return pack_corpus(corpus, load_tokenizer(tokenizer), out, seq_len=seq_len, how=how, workers=workers)
+
+# %% ../nbs/90_cli.ipynb #64b9ab0b
+def action_of(words, known):
+    "(action, the other words) of a command that has several"
+    if not words: raise UserError(f'say what to do. Known: {", ".join(known)}.')
+    if words[0] not in known: raise UserError(f'unknown action "{words[0]}". {nearest(words[0], known)}')
+    return words[0], [*words[1:]]
+
+def known_tokenizers():
+    "Tokenizers at hand to compare one with"
+    from flow2lab.models import load_tokenizer
+    try: return {'SmolLM2': load_tokenizer('SmolLM2-135M-Instruct')}
+    except (UserError, OSError, ValueError, ImportError): return {}
+
+def weighted(names):
+    "`a b` as a list, `a=3 b=1` as a dict of weights"
+    pairs = [(n, None) if os.path.exists(n) else n.rpartition('=')[::2] if '=' in n else (n, None) for n in names]
+    if all(w is None for _,w in pairs): return names if len(names)>1 else names[0]
+    try: return {n: None if w is None else float(w) for n,w in pairs}
+    except ValueError: raise UserError(f'{" ".join(names)}: a weight is a number, e.g. wikipedia_en=3.') from None
 
 # %% ../nbs/90_cli.ipynb #935509b8
 def inventory_text(r):

@@ -7,9 +7,9 @@ Docs: https://flow2lab.github.io/flow2lab/train.html.md"""
 # %% auto #0
 __all__ = ['prompt_text', 'turn_text', 'encode_row', 'Samples', 'max_length', 'encode', 'blocks', 'plan', 'pack', 'leak',
            'layout', 'packed_attention', 'doc_attention', 'eval_mode', 'way_to_batch', 'pad_batch', 'label_loss',
-           'fast_norms', 'has_bf16', 'precision_of', 'StepData', 'NonFinite', 'Trainer', 'orthogonality', 'Curve',
-           'seal', 'sealed', 'file_hash', 'newest', 'writing', 'run_key', 'card', 'quiet', 'TrainResult', 'is_oom',
-           'oom_advice', 'fit', 'free_memory', 'count_steps']
+           'fast_norms', 'has_bf16', 'precision_of', 'sizes_of', 'StepData', 'NonFinite', 'Trainer', 'orthogonality',
+           'Curve', 'seal', 'sealed', 'file_hash', 'newest', 'writing', 'run_key', 'card', 'quiet', 'TrainResult',
+           'is_oom', 'oom_advice', 'fit', 'free_memory', 'count_steps']
 
 # %% ../nbs/31_train.ipynb #31971b12
 import contextlib, gc, hashlib, inspect, json, os, shutil, tempfile, time, warnings
@@ -384,15 +384,19 @@ def precision_of(name, device='cpu'):
     check_names('precision', [name], ['auto', 'bf16', 'fp32'])
     return ('bf16' if has_bf16(device) else 'fp32') if name=='auto' else name
 
-# %% ../nbs/31_train.ipynb #694ef8a6
+# %% ../nbs/31_train.ipynb #51c700f0
+def sizes_of(rows):
+    "Tokens that each row of an array of blocks, or of a pack's documents (`sizes`), predicts"
+    return np.full(len(rows), rows.shape[1]-1) if isinstance(rows, np.ndarray) else rows.sizes
+
 class StepData(torch.utils.data.Dataset):
     "Step `i` of a plan: this process's share of its micro-batches, collated, and the number of labels in all of them"
     def __init__(self, steps,       # From `plan`
                  samples,           # Encoded samples, or an array of blocks
                  way='docs', pad=0, rank=0, world=1):
         self.steps, self.samples, self.way, self.pad, self.rank, self.world = steps, samples, way, pad, rank, world
-        self.is_blocks = isinstance(samples, np.ndarray)
-        if self.is_blocks: self.sizes = self.labels = np.full(len(samples), samples.shape[1]-1)
+        self.is_blocks = not isinstance(samples, list)
+        if self.is_blocks: self.sizes = self.labels = sizes_of(samples)
         else:
             self.sizes = np.array([len(s['input_ids']) for s in samples])
             self.labels = np.array([np.count_nonzero(np.asarray(s['labels'])[1:]!=-100) for s in samples])
@@ -686,7 +690,7 @@ def save_weights(self:Trainer, folder):
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #5e54e173
+# %% ../nbs/31_train.ipynb #5522db5d
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -737,16 +741,17 @@ def _settings(spec):
     return spec.train, spec.seed, about
 
 def _fitting(rows, model):
-    "Blocks that the model's positions can hold"
-    n = max_length(model)
-    if n and rows.shape[1]-1>n: raise UserError(f'blocks of {rows.shape[1]-1} tokens, but the model allows {n}. Cut them with a shorter seq_len.')
+    "Blocks, or documents of a pack, that the model's positions can hold"
+    n, most = max_length(model), int(max(sizes_of(rows), default=0))
+    if n and most>n: raise UserError(f'blocks of {most} tokens, but the model allows {n}. Cut them with a shorter seq_len.')
     return rows
 
 def _step_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
     "Planned `StepData` of raw rows, encoded samples or blocks; without `seed` in one pass, for validation"
-    samples = _fitting(rows, model) if isinstance(rows, np.ndarray) else encode(rows, tok, t.seq_len, t.loss_on, max_length(model))
+    ready = isinstance(rows, np.ndarray) or hasattr(rows, 'sizes')
+    samples = _fitting(rows, model) if ready else encode(rows, tok, t.seq_len, t.loss_on, max_length(model))
     if not len(samples): raise UserError('no rows to train on: the data is empty, or every row is longer than seq_len. Check the task and its n.')
-    if isinstance(rows, np.ndarray): lengths = np.full(len(rows), rows.shape[1]-1)
+    if ready: lengths = sizes_of(rows)
     else: lengths = [len(s['input_ids']) for s in samples]
     how = dict(epochs=t.epochs, tokens=t.tokens, seed=seed) if seed is not None else {}
     pad = (tok.pad_token_id or 0) if tok else 0
@@ -754,7 +759,7 @@ def _step_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
 
 def fit(model,          # A transformers model, perhaps with an adapter
         tok,            # Its tokenizer; None when `rows` are tokens already
-        rows,           # Rendered rows, encoded samples, or an array of `blocks`
+        rows,           # Rendered rows, encoded samples, an array of `blocks`, or the documents of a pack (`tokenize.Pack.rows`)
         spec,           # A Spec, or a dict of differences from TRAIN
         out=None,       # Folder for steps.jsonl, checkpoints, best and last; None keeps nothing
         valid=None,     # Rows for the validation loss
