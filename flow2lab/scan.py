@@ -139,7 +139,7 @@ def best_kernel(x, A):
     k = compiled()
     return k if k and k.takes(x, A) else TorchScan()
 
-# %% ../nbs/21_scan.ipynb #ecf68f6d
+# %% ../nbs/21_scan.ipynb #cf7c43ea
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -190,7 +190,7 @@ template<class T> static void fwd(const T* x, const T* dt, const T* A, const T* 
 // Gradients g*. gh comes in as that of the last state and leaves as that of the first; gA is added to; work holds 4 K n vectors
 template<class T> static void bwd(const T* x, const T* dt, const T* A, const T* B, const T* C, const uint8_t* reset, const T* hs, const T* gy,
         T* gh, T* gx, T* gdt, T* gA, T* gB, T* gC, T* work, int64_t l, int64_t d, int64_t n, int64_t K, int64_t c0, int64_t c1) {
-    USE; V a[N], g[N], ga[N];
+    USE; V a[N], g[N], ga[N], s[N];
     V *H = (V*)work, *E = H + K*n, *SB = E + K*n, *SC = SB + K*n;        // states before each token, decays, sums for B and C
     for (int64_t k = (l - 1)/K; k >= 0; k--) {
         const int64_t t0 = k*K, t1 = t0 + K < l ? t0 + K : l;
@@ -198,23 +198,21 @@ template<class T> static void bwd(const T* x, const T* dt, const T* A, const T* 
         for (int64_t c = c0; c < c1; c += W) {
             const int64_t w = c1 - c < W ? c1 - c : W;
             for (int64_t j = 0; j < n; j++) {
-                a[j] = load(A + j*d + c, w); g[j] = load(gh + j*d + c, w); ga[j] = load(gA + j*d + c, w);
-                V h = load(hs + (k*n + j)*d + c, w);
-                for (int64_t t = t0; t < t1; t++) {
-                    V dv = load(dt + t*d + c, w), e = vexp(dv*a[j]);
-                    if (reset && reset[t]) e = V{};
-                    H[(t-t0)*n + j] = h; E[(t-t0)*n + j] = e;
-                    h = e*h + dv*load(x + t*d + c, w)*B[t*n + j];
-                }
+                a[j] = load(A + j*d + c, w); g[j] = load(gh + j*d + c, w); ga[j] = load(gA + j*d + c, w); s[j] = load(hs + (k*n + j)*d + c, w);
+            }
+            for (int64_t t = t0; t < t1; t++) {
+                V dv = load(dt + t*d + c, w), u = dv*load(x + t*d + c, w), *h = H + (t-t0)*n, *e = E + (t-t0)*n; const T* b = B + t*n;
+                const V keep = V{} + (T)!(reset && reset[t]);
+                for (int64_t j = 0; j < n; j++) { h[j] = s[j]; e[j] = vexp(dv*a[j])*keep; s[j] = e[j]*s[j] + u*b[j]; }
             }
             for (int64_t t = t1 - 1; t >= t0; t--) {
                 V dv = load(dt + t*d + c, w), xv = load(x + t*d + c, w), gv = load(gy + t*d + c, w), u = dv*xv, gu = {}, gd = {};
                 V *h = H + (t-t0)*n, *e = E + (t-t0)*n, *sb = SB + (t-t0)*n, *sc = SC + (t-t0)*n;
                 const T *b = B + t*n, *r = C + t*n;
                 for (int64_t j = 0; j < n; j++) {
-                    V eh = e[j]*h[j], q = g[j] + gv*r[j], s = q*eh;      // q: gradient of the state after this token
+                    V eh = e[j]*h[j], q = g[j] + gv*r[j], m = q*eh;      // q: gradient of the state after this token
                     sc[j] += gv*(eh + u*b[j]); sb[j] += q*u;
-                    gu += q*b[j]; gd += s*a[j]; ga[j] += s*dv; g[j] = q*e[j];
+                    gu += q*b[j]; gd += m*a[j]; ga[j] += m*dv; g[j] = q*e[j];
                 }
                 store(gx + t*d + c, gu*dv, w); store(gdt + t*d + c, gd + gu*xv, w);
             }
