@@ -8,11 +8,11 @@ Docs: https://flow2lab.github.io/flow2lab/corpus.html.md"""
 __all__ = ['SPECIAL', 'CHATML', 'source', 'PASSAGE', 'rule', 'PLACES', 'SHINGLE', 'CHUNK', 'GRAM', 'SAMPLES', 'VERSION',
            'doc_text', 'c4_english', 'wikipedia_en', 'openwebtext', 'gutenberg', 'fineweb_edu', 'file_documents',
            'as_mix', 'source_files', 'numbers', 'runs', 'Doc', 'encoding', 'boilerplate', 'length', 'symbols',
-           'stop_words', 'repetition', 'language', 'clean', 'rule_settings', 'sketch', 'band_rows', 'Sketches',
-           'runs_of', 'chunks', 'in_order', 'Report', 'dedup', 'plain_words', 'Leaks', 'leak_items', 'clean_chunk',
-           'write_parquet', 'add_counts', 'clean_input', 'find_duplicates', 'thinned', 'take_turns', 'shares',
-           'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files', 'checked', 'read_corpus', 'corpus_hash',
-           'corpus_stats', 'train_tokenizer', 'token_stream']
+           'stop_words', 'repetition', 'language', 'clean', 'apply_rules', 'rule_settings', 'sketch', 'band_rows',
+           'Sketches', 'runs_of', 'chunks', 'in_order', 'Report', 'dedup', 'plain_words', 'Leaks', 'leak_items',
+           'clean_chunk', 'write_parquet', 'add_counts', 'clean_input', 'find_duplicates', 'thinned', 'take_turns',
+           'shares', 'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files', 'checked', 'read_corpus',
+           'corpus_hash', 'corpus_stats', 'train_tokenizer', 'token_stream']
 
 # %% ../nbs/12_corpus.ipynb #a278605c
 import contextlib, hashlib, heapq, html, itertools, json, multiprocessing, os, re, shutil, sys, tempfile, unicodedata, zlib
@@ -111,12 +111,13 @@ def source_files(name):
     except UserError as e: raise UserError(f'{e} Declared sources: {", ".join(source)}.') from None
     return _folder_files(p) if p.is_dir() else [formats.data_file(p)]
 
-# %% ../nbs/12_corpus.ipynb #a67af824
+# %% ../nbs/12_corpus.ipynb #382f1b38
 class _Numbers(dict):
-    "Word → 64-bit number; forgotten from time to time, so that memory stays bounded"
+    "Word → 64-bit number, odd if the word has a letter; forgotten from time to time, so that memory stays bounded"
     def __missing__(self, w):
         if len(self)>200_000: self.clear()
-        v = self[w] = (zlib.crc32(w.encode('utf-8', 'replace')) * 0x9E3779B97F4A7C15 + len(w)) & (1<<64)-1
+        v = (zlib.crc32(w.encode('utf-8', 'replace')) * 0x9E3779B97F4A7C15 + len(w)) & (1<<64)-2
+        self[w] = v = v | any(map(str.isalpha, w))
         return v
 _numbers, _P = _Numbers(), np.uint64(0xD6E8FEB86659FD93)
 
@@ -140,8 +141,9 @@ class Doc:
     def _words(self): return self.lower.split()
     def _lines(self): return [l for l in self.text.split('\n') if l.strip()]
     def _ids(self): return numbers(self.words)
+    def _sizes(self): return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
-# %% ../nbs/12_corpus.ipynb #5dd746c4
+# %% ../nbs/12_corpus.ipynb #c21d9e1f
 rule = Axis('rule')
 _mojibake = re.compile('[ÂÃâðÐÎ][\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]')
 _invisible = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]')
@@ -182,7 +184,7 @@ def length(d, words=(50, 100_000),      # Fewest and most
     "Too few or too many words, or words of a strange length (Gopher)"
     n = len(d.words)
     if not words[0]<=n<=words[1]: return ''
-    if not letters[0]<=sum(map(len, d.words))/n<=letters[1]: return ''
+    if not letters[0]<=d.sizes.mean()<=letters[1]: return ''
 
 @rule
 def symbols(d):
@@ -191,7 +193,7 @@ def symbols(d):
     if t.count('#')>.1*n or t.count('...')+t.count('…')>.1*n: return ''
     if sum(l.lstrip()[0] in '-*•‣' for l in lines)>.9*len(lines): return ''
     if sum(l.rstrip().endswith(('...', '…')) for l in lines)>.3*len(lines): return ''
-    if sum(w.isalpha() or any(c.isalpha() for c in w) for w in d.words)<.8*n: return ''
+    if np.count_nonzero(d.ids & np.uint64(1))<.8*n: return ''
 
 _stop = {'en': set('the be to of and that have with'.split())}
 
@@ -221,41 +223,45 @@ def repetition(d, top=(.2, .18, .16),                                # Share of 
     t, n = d.text, max(1, len(d.text))
     if _repeated_lines([l.strip() for l in d.lines], n, .3, .2): return ''
     if '\n\n' in t and _repeated_lines([p.strip() for p in re.split(r'\n{2,}', t.strip())], n, .3, .2): return ''
-    sizes = np.fromiter(map(len, d.words), np.int64, len(d.words)); ends = np.concatenate([[0], np.cumsum(sizes+1)])
-    h = d.ids
+    ends = np.concatenate([[0], np.cumsum(d.sizes+1)]); h = d.ids
     for k in range(2, 11):
         if len(d.ids)<=k: return
-        h = h[:-1]*_P + d.ids[k-1:]
-        if k<5:
+        h = h[:-1]*_P + d.ids[k-1:]; longest = int((ends[k:]-ends[:-k]).max())-1
+        if k<5 and _most(h)*longest>top[k-2]*n:
             _, first, count = np.unique(h, return_index=True, return_counts=True); i = count.argmax()
             if count[i]>1 and count[i]*(ends[first[i]+k]-ends[first[i]]-1) > top[k-2]*n: return ''
-            continue
-        seen = _again(h); covered = np.zeros(len(d.ids)+1, int)
-        if not seen.any(): return
-        at = np.flatnonzero(seen); np.add.at(covered, at, 1); np.add.at(covered, at+k, -1)
-        chars = sizes[np.cumsum(covered)[:-1]>0].sum()
-        if chars>again[k-5]*n: return ''
-        if chars<=again[-1]*n: return                    # longer runs cover less
+        if k<5: continue
+        if _repeats(h)*longest<=again[-1]*n: return                # and longer runs cover less
+        at = np.flatnonzero(_again(h)); covered = np.zeros(len(d.ids)+1, int); np.add.at(covered, at, 1); np.add.at(covered, at+k, -1)
+        if d.sizes[np.cumsum(covered)[:-1]>0].sum()>again[k-5]*n: return ''
+
+def _most(h): "At least as often as any number occurs in `h`"; return np.bincount((h>>np.uint64(52)).astype(np.int64)).max()
+def _repeats(h): "How many of `h` have occurred before"; s = np.sort(h); return np.count_nonzero(s[1:]==s[:-1])
 
 @rule
 def language(d, language='en'):
-    "Not in the language asked for, by py3langid on the first 1,000 characters; '' takes any"
+    "Not in the language asked for, by py3langid on the first 500 characters; '' takes any"
     if not language: return
     from py3langid import classify
-    if classify(d.text[:1000])[0]!=language: return ''
+    if classify(d.text[:500])[0]!=language: return ''
 
-# %% ../nbs/12_corpus.ipynb #2a76bad0
+# %% ../nbs/12_corpus.ipynb #1cac275e
 def clean(text,           # Of one document
           rules=None,     # Names of rules, or {name: arguments}; None for all
           language='en'): # For the rules that depend on it, '' for any
     "(text, names of the rules that changed it, None); or ('', names, name of the rule that removed it)"
-    d, changed = Doc(text), []
-    for name,args in rule_settings(rules, language).items():
+    d, changed, why = apply_rules(Doc(text), rule_settings(rules, language))
+    return '' if why else d.text, changed, why
+
+def apply_rules(d, settings):
+    "(`Doc` as it leaves the rules, names of those that changed it, the one that removed it)"
+    changed = []
+    for name,args in settings.items():
         t = rule[name](d, **args)
         if t is None: continue
-        if not t.strip(): return '', changed, name
+        if not t.strip(): return d, changed, name
         changed.append(name); d = Doc(t)
-    return d.text, changed, None
+    return d, changed, None
 
 def rule_settings(rules=None, language='en'):
     "`{name: arguments}` in the order in which the rules run"
@@ -264,13 +270,13 @@ def rule_settings(rules=None, language='en'):
     return {n: dict(given[n], **({'language': language} if n in ('language', 'stop_words') and 'language' not in given[n] else {}))
             for n in rule if n in given}
 
-# %% ../nbs/12_corpus.ipynb #f105a628
+# %% ../nbs/12_corpus.ipynb #52ffbbd2
 PLACES, SHINGLE = 128, 3      # Numbers in a sketch, words in a run
 
-def sketch(docs):
-    "`Doc`s → (hash of all words (n), sketches (n, 128) uint32)"
+def sketch(ids):
+    "Numbers of the words of each document → (hash of all words (n), sketches (n, 128) uint32)"
     import rensa
-    ids = [d.ids if len(d.ids) else numbers([d.lower]) for d in docs]
+    ids = [i if len(i) else numbers(['']) for i in ids]
     exact = np.array([int.from_bytes(hashlib.blake2b(i.tobytes(), digest_size=8).digest(), 'little') for i in ids], np.uint64)
     rs = [runs(i, SHINGLE) for i in ids]; ends = np.cumsum([0]+[len(r) for r in rs])
     m = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(rs), ends.astype(np.uint64), num_perm=PLACES, seed=1)
@@ -358,7 +364,7 @@ def in_order(f, jobs, workers=0):
         finally:
             for t in todo: t.cancel()
 
-# %% ../nbs/12_corpus.ipynb #e9b99e89
+# %% ../nbs/12_corpus.ipynb #6c8469fd
 class Report(dict):
     "Facts as a dict that prints as `text`"
     def __init__(self, d, text): super().__init__(d); self.text = text
@@ -366,7 +372,7 @@ class Report(dict):
     def __repr__(self): return self.text
     __str__ = __repr__
 
-def _sketch_rows(docs): return [d['id'] for d in docs], *sketch([Doc(d['text']) for d in docs])
+def _sketch_rows(docs): return [d['id'] for d in docs], *sketch([Doc(d['text']).ids for d in docs])
 
 @contextlib.contextmanager
 def _room(where):
@@ -436,25 +442,25 @@ def _question(r):
     try: return formats.question(formats.canonical(dict(r)))
     except UserError: return ' '.join(v for v in r.values() if isinstance(v, str))
 
-# %% ../nbs/12_corpus.ipynb #85a47baa
+# %% ../nbs/12_corpus.ipynb #902a7bd3
 SAMPLES = 3      # Kept of what each rule removed, in one chunk and in the end
 VERSION = 1      # Of the rules: a change of their code that changes what they do
 
 def _short(t, n=160): return ' '.join(t.split())[:n]
 
-def clean_chunk(docs, path, rules, language, leaks):
+def clean_chunk(docs, path, rules, leaks):
     "Clean `docs` and write what is left to the Parquet file `path`; returns the counts"
     import pyarrow as pa
-    kept, c = [], dict(documents=len(docs), chars=sum(len(d['text']) for d in docs), removed=Counter(), changed=Counter(), samples={})
+    kept, hashed, c = [], [], dict(documents=len(docs), chars=sum(len(d['text']) for d in docs), removed=Counter(), changed=Counter(), samples={})
     def gone(why, d, note=''):
         c['removed'][why] += 1
         if len(s := c['samples'].setdefault(why, []))<SAMPLES: s.append(dict(id=d['id'], text=note+_short(d['text'])))
     for d in docs:
-        t, changed, why = clean(d['text'], rules, language); c['changed'].update(changed)
+        t, changed, why = apply_rules(Doc(d['text']), rules); c['changed'].update(changed)
         if why: gone(why, d)
-        elif leaks and (place := leaks.find(t)): gone('contamination', d, f'[{place}] ')
-        else: kept.append((d['id'], t))
-    exact, sk = sketch([Doc(t) for _,t in kept]) if kept else (np.zeros(0, np.uint64), np.zeros((0, PLACES), np.uint32))
+        elif leaks and (place := leaks.find(t.text)): gone('contamination', d, f'[{place}] ')
+        else: kept.append((d['id'], t.text)); hashed.append(t.ids)
+    exact, sk = sketch(hashed) if kept else (np.zeros(0, np.uint64), np.zeros((0, PLACES), np.uint32))
     sk = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4*PLACES), len(sk), [None, pa.py_buffer(np.ascontiguousarray(sk))])
     t = pa.table([pa.array([i for i,_ in kept], pa.string()), pa.array([t for _,t in kept], pa.string()), pa.array([len(t) for _,t in kept], pa.int32()),
                   pa.array(exact, pa.uint64()), sk], ['id', 'text', 'chars', 'exact', 'sketch'])
@@ -487,7 +493,7 @@ def add_counts(a, b):
 
 def clean_input(docs,          # Called for the documents if they are needed
                 folder,        # Where the chunks go
-                settings,      # rules, language, leaks
+                settings,      # rules, leaks
                 workers=0):
     "Clean one input in chunks, or find that it was done; returns its counts"
     done = folder/'done.json'
@@ -556,7 +562,7 @@ def write_shards(docs, folder, size):
         out.append(dict(name=f'{folder.name}/{p.name}', documents=len(c), chars=sum(len(d['text']) for d in c), bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
-# %% ../nbs/12_corpus.ipynb #3df263a6
+# %% ../nbs/12_corpus.ipynb #874c34bb
 class Prepared(Report):
     "What `prepare` made: `folder`, `documents`, `report`, and `fresh`, False if it was there already"
     def __init__(self, folder, manifest, fresh):
@@ -616,7 +622,7 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
     for name,w,parts in inputs:
         s = dict(documents=0, chars=0, removed={}, changed={}, samples={}); ps = []
         for label,key,docs in parts:
-            c = clean_input(docs, stages/f'clean-{key}', (settings, language, leaks), workers); add_counts(s, c)
+            c = clean_input(docs, stages/f'clean-{key}', (settings, leaks), workers); add_counts(s, c)
             ps += [stages/f'clean-{key}'/f'{i:05}.parquet' for i in range(c['chunks'])]
         srcs.append((name, w, ps, s))
     keep, pairs = _mark_duplicates(srcs, stages/f'duplicates-{found}.npz', near)
