@@ -54,7 +54,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #8be29faa
+# %% ../nbs/90_cli.ipynb #78d50485
 command = Axis('command')
 
 @command
@@ -104,17 +104,17 @@ def score(task:str,              # squad_v2, gsm8k, arc, ...
     return Result(r, '\n'.join(f'{k:16} {v:.4f}' if isinstance(v, float) else f'{k:16} {v}' for k,v in r.items()))
 
 @command
-def eval(model:str,              # Shipped name, folder, GGUF file or hub id
+def eval(model:str,              # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
          tasks:str='nano_math,nano_choice,nano_qa',   # Comma separated
          data:str='',            # File, or folder in which each task finds its file
          limit:int=200,          # Items of each task, 0 for all
          backend:str='hf'):      # hf, mlx or gguf
     "Evaluate a model without training"
-    from flow2lab.evaluate import evaluate
-    from flow2lab.models import load_model, load_tokenizer
-    spec = Spec(base=model, backend=backend, eval={t: dict(n=limit, **(dict(path=data) if data else {})) for t in tasks.split(',') if t})
+    from flow2lab.evaluate import evaluate, load_backend
+    from flow2lab.quantize import model_folder
+    spec = Spec(base=str(model_folder(model) or model), backend=backend, eval={t: dict(n=limit, **(dict(path=data) if data else {})) for t in tasks.split(',') if t})
     check_spec(spec)
-    e = evaluate(load_model(model), load_tokenizer(model), spec.eval, backend=backend)
+    e = evaluate(load_backend(model, backend), eval=spec.eval)
     return Result(dict(model=model, metrics=e.metrics), str(e))
 
 @command
@@ -196,10 +196,13 @@ def list(axis:str=''):           # task, arch, method, quantizer, backend or com
     return Result(r, '\n'.join(f'{a}\n' + '\n'.join(f'  {n:16} {doc}' for n,doc in ns.items()) for a,ns in r.items()))
 
 @command
-def estimate(*spec:str):         # Fields as key=value, e.g. base=Qwen/Qwen3-8B method=lora
-    "Parameters and memory of a Spec, before anything is loaded"
+def estimate(*spec:str):         # Fields as key=value, e.g. base=Qwen/Qwen3-8B method=lora; also base=Mixtral-8x7B and the like
+    "Parameters and memory of a Spec, before anything is loaded; of published models without their weights"
     from flow2lab.methods import estimate_spec
-    s = check_spec(parse_spec(spec))
+    from flow2lab.models import published
+    s = parse_spec(spec)
+    if s.base in published: s.validate()
+    else: check_spec(s)
     r = estimate_spec(s)
     return Result(r, '\n'.join(f'{k:16} {v:>18,}' + (f'  ({v/2**30:.2f} GiB)' if k not in ('parameters', 'trainable') else '') for k,v in r.items()))
 

@@ -8,9 +8,9 @@ Docs: https://flow2lab.github.io/flow2lab/evaluate.html.md"""
 __all__ = ['Score', 'Generation', 'ENDS', 'ASK', 'ITEMS', 'encode', 'prompt_ids', 'pair_ids', 'Tree', 'hf', 'max_length',
            'end_ids', 'sliding_window', 'only_at', 'fast_fp32', 'new_cache', 'fork', 'keep', 'join', 'common', 'lay',
            'same_length', 'window_pairs', 'text_nll', 'perplexity', 'ask_choice', 'ask_generate', 'ask_loglikelihood',
-           'Meter', 'evaluate_task', 'task_metrics', 'Evaluation', 'evaluate', 'memory_metrics']
+           'Meter', 'evaluate_task', 'task_metrics', 'Evaluation', 'load_backend', 'evaluate', 'memory_metrics']
 
-# %% ../nbs/50_evaluate.ipynb #b87fe93f
+# %% ../nbs/50_evaluate.ipynb #f08c1653
 import contextlib, functools, math, platform, time
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import UserError, backend, hash_of, task, to_json
-from .models import PeakMemory, kv_bytes_per_token, load_model, load_tokenizer
+from .models import PeakMemory, kv_bytes_per_token, load_model
 from .scan import fast_scan
 from .tasks import prompt_hash, windows
 from .train import eval_mode, prompt_text
@@ -77,7 +77,7 @@ class Tree:
             if p>=0: a[i] |= a[p]
         return a
 
-# %% ../nbs/50_evaluate.ipynb #c56a1fcd
+# %% ../nbs/50_evaluate.ipynb #78fa083a
 @backend
 class hf:
     "A transformers model, with or without a PEFT adapter"
@@ -97,8 +97,10 @@ class hf:
             self.soft = self.soft_prompt()
     @classmethod
     def load(cls, base, dtype='auto', device='auto', **kw):
-        "From a shipped name, folder, GGUF file or hub id"
-        return cls(load_model(base, dtype=dtype, device=device), load_tokenizer(base), **kw)
+        "From a shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id"
+        from flow2lab.quantize import open_model, pack
+        model, tok = open_model(base, dtype, device)
+        return cls(pack(model), tok, **kw)
     @contextlib.contextmanager
     def quiet(self):
         "No gradients, no dropout, and the fast fp32 product where there is one"
@@ -569,7 +571,7 @@ def task_metrics(t, name, scores, seconds, new=None):
                                     tokens_per_s=dict(value=new/seconds, unit='tokens/s', direction='max', n=n))
     return {f'{name}/{k}': v for k,v in said.items()}
 
-# %% ../nbs/50_evaluate.ipynb #786efad8
+# %% ../nbs/50_evaluate.ipynb #ef3d6025
 @dataclass
 class Evaluation:
     "What an evaluation gave: `items`, one row each, and `metrics` by name with unit and direction"
@@ -582,6 +584,12 @@ class Evaluation:
     def __repr__(self):
         f = lambda m: f'{m["value"]:,.4g} {m["unit"]}' + (f' (n={m["n"]})' if 'n' in m else '')
         return '\n'.join(f'{k:32} {f(m)}' for k,m in self.metrics.items()) or 'nothing evaluated'
+
+def load_backend(base,            # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
+                 name:str='hf',   # How to run it: hf, mlx or gguf
+                 dtype:str='auto'):
+    "`base` on the backend `name`"
+    return backend[name].load(base, dtype=dtype)
 
 def evaluate(model,               # A transformers model, or a backend that is ready
              tok=None,            # Its tokenizer

@@ -11,13 +11,13 @@ __all__ = ['QuantMethod', 'QuantizationSpec', 'parse_tag', 'quant_spec', 'tag_qu
            'start', 'pack', 'apply', 'save_quantized', 'load_quantized', 'model_folder', 'folder_info', 'open_adapter',
            'open_model', 'merge_adapter']
 
-# %% ../nbs/40_quantize.ipynb #5d0b024b
+# %% ../nbs/40_quantize.ipynb #1f012298
 import contextlib, copy, json, logging, os, re, tempfile, warnings
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import Spec, UserError, atomic_dir, atomic_write, base_folder, bound_args, method, output_path, project_path, quantizer, relative, setting, to_json
+from .core import Spec, UserError, atomic_dir, atomic_write, base_folder, bound_args, method, output_path, project_path, quantizer, relative, setting, task, to_json
 from .methods import CertificateError, adapted_layers, bare, hold, is_quantized, linear_layers, load_adapter, low_bit, repacked
 
 # %% ../nbs/40_quantize.ipynb #40365a75
@@ -344,7 +344,7 @@ def merge(model,             # With an adapter, on any base; or quantized, to be
     merged.merged = dict(error=e, allowed=exact, from_model=off)
     return merged
 
-# %% ../nbs/40_quantize.ipynb #66ca63c2
+# %% ../nbs/40_quantize.ipynb #2b23008e
 def load_base(spec,          # Says base, base_quant and base_quant_args
               base=None,     # To load instead of spec.base, e.g. the folder of the run that spec.base names
               **kw):         # To load_model, when nothing is quantized
@@ -362,12 +362,22 @@ def trained_weights(spec):
     raise UserError(f'{spec.name}: its trained weights are not in {relative(out)}. Run it again with --force.')
 
 def tokenizer_of(spec):
-    "The tokenizer of the base that `spec` goes back to"
+    "The tokenizer of the base that `spec` goes back to (a model that starts from nothing has its data's), with the template that its task asks for"
     from flow2lab.models import load_tokenizer
-    return tokenizer_of(spec.base) if isinstance(spec.base, Spec) else load_tokenizer(spec.base)
+    from flow2lab.stages import with_template
+    if isinstance(spec.base, Spec): tok = tokenizer_of(spec.base)
+    else: tok = t.tokenizer(**spec.task_args) if (t := _fresh(spec)) else load_tokenizer(spec.base)
+    return with_template(tok, spec.task_args.get('template', ''))
+
+def _fresh(spec):
+    "The task of a Spec that starts a model from nothing and brings the tokenizer, else None"
+    from flow2lab.models import preset
+    if not spec.task or not hasattr(task[spec.task], 'tokenizer') or isinstance(spec.base, Spec) or base_folder(spec.base): return None
+    return task[spec.task] if preset(spec.base) else None
 
 def start(spec):
     "The model that `spec` starts from: a base by name, or what the run of another Spec trained, merged"
+    if _fresh(spec): return load_base(spec, dtype=spec.dtype, vocab=len(tokenizer_of(spec)), seed=spec.seed)
     if not isinstance(spec.base, Spec): return load_base(spec, dtype=spec.dtype)
     folder = trained_weights(spec.base)
     if folder.name=='last': return load_base(spec, base=str(folder), **({} if spec.base_quant else dict(dtype=spec.dtype)))
