@@ -139,7 +139,7 @@ def fingerprint(path, n=16):
             else hashlib.sha256(f.read()).hexdigest()
     return _seen_files[key][:n]
 
-# %% ../nbs/00_core.ipynb #33f92977
+# %% ../nbs/00_core.ipynb #774ad4df
 class Axis:
     "A registry: `@axis` files a definition under its name, `axis[name]` finds it or lists the right names"
     all = {}
@@ -163,7 +163,7 @@ class Axis:
     def doc(self, name): return (inspect.getdoc(self[name]) or '').split('\n')[0]
     def __repr__(self): return f'{self.name}: ' + ', '.join(self)
 
-task      = Axis('task', 'flow2lab.tasks', 'flow2lab.nano')
+task      = Axis('task', 'flow2lab.tasks', 'flow2lab.nano', 'flow2lab.stages')
 arch      = Axis('arch', 'flow2lab.models')
 method    = Axis('method', 'flow2lab.methods')
 quantizer = Axis('quantizer', 'flow2lab.quantize')
@@ -283,7 +283,7 @@ def id(self:Spec):
     if not hasattr(self, '_id'): object.__setattr__(self, '_id', hash_of(dict(self.validate(), schema=SCHEMA)))
     return self._id
 
-# %% ../nbs/00_core.ipynb #30b3585f
+# %% ../nbs/00_core.ipynb #1cb7fc13
 _titles = dict(full='NoPeft', lora='LoRa', rslora='rsLoRa', dora='DoRa', vera='VeRa', pissa='PiSSA', ia3='IA3', loha='LoHa', lokr='LoKr',
                oft='OFT', adalora='AdaLoRa', prompt_tuning='Prompt')
 
@@ -306,7 +306,7 @@ def quant_tag(self:Spec):
 def name(self:Spec):
     "`{model}-{data}_{training}_{peft}_{quant}`; the untouched base is `{model}-base_NoSFT_NoPeft_NoQuant`; a trained run quantized later keeps its name but for the quant"
     if isinstance(self.base, Spec) and not self.task: return replace(self.base, quant=self.quant, quant_args=self.quant_args).name
-    how = 'NoSFT' if not self.task else 'PT' if self.train.loss_on=='all' else 'SFT'
+    how = 'NoSFT' if not self.task else 'PT' if self.train.loss_on=='all' else 'DPO' if getattr(task[self.task], 'objective', '')=='preference' else 'SFT'
     return f'{_base_name(self.base)}-{self.task or "base"}_{how}_{self.peft_tag()}_{self.quant_tag()}'
 
 @patch

@@ -636,12 +636,13 @@ class perplexity(Task):
     @classmethod
     def text(cls, row): return row['text']
 
-# %% ../nbs/11_tasks.ipynb #26856158
+# %% ../nbs/11_tasks.ipynb #deac02fc
 @task
 class chat(Task):
     "Your own file: any shape that `flow2lab data check` accepts"
     metrics = dict(f1=_fraction, exact=_fraction)
     form, max_new_tokens = 'rows that `flow2lab data check FILE` accepts', 256
+    options = dict(template='')         # Of `stages.TEMPLATES`; empty for the tokenizer's own
 
     @classmethod
     def source(cls, split, path='', *args, **options):
@@ -653,6 +654,7 @@ class chat(Task):
 
     @classmethod
     def parse(cls, raw, **options):
+        "A canonical row; of a pair of answers, the preferred one"
         if 'prompt' not in raw: return raw
         return dict(raw, messages=[*raw['prompt'], dict(role='assistant', content=raw['chosen'])])
 
@@ -813,13 +815,15 @@ def with_and_without(t, rows, scores, flagged):
     clean = [s for r,s in zip(rows, scores) if r['id'] not in set(flagged)]
     return dict(all=t.aggregate(scores), clean=t.aggregate(clean) if clean else {}, flagged=len(scores)-len(clean))
 
-# %% ../nbs/11_tasks.ipynb #cc5d9e4d
+# %% ../nbs/11_tasks.ipynb #6f994a85
 @dataclass
 class TrainingData:
     "Rows to train on, rows for the validation loss, and the evaluation items found among them, by task"
     train:list = field(default_factory=list)
     valid:list = field(default_factory=list)
     contamination:dict = field(default_factory=dict)
+    objective:str = 'labels'          # What is learned from a row: its labels, or which of two answers is preferred
+    bytes_per_token:float = 0.        # Of packed text, which makes its validation loss one in bits a byte; else 0
     def __repr__(self):
         found = [f'{len(c["flagged"])} of {c["test"]} items of {t}' for t,c in self.contamination.items() if c['flagged']]
         said = f'found among them: {", ".join(found) or "no item of the evaluation"}'
@@ -829,9 +833,10 @@ def training_data(spec, valid=0.05):
     "The `TrainingData` of a Spec; empty when it trains on nothing"
     if not spec.task: return TrainingData()
     t = task[spec.task]
+    if hasattr(t, 'training'): return t.training(spec)
     rows = t.load(**{'split': 'train', **spec.task_args})
     found = {name: contamination(rows, task[name].load(**a), t, task[name]) for name,a in spec.eval.items()}
-    out = TrainingData(contamination=found)
+    out = TrainingData(contamination=found, objective=getattr(t, 'objective', 'labels'))
     for e in map(t.example, rows): (out.valid if in_valid(e, valid) else out.train).append(e)
     return out
 
