@@ -143,7 +143,7 @@ class Doc:
     def _ids(self): return numbers(self.words)
     def _sizes(self): return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
-# %% ../nbs/12_corpus.ipynb #c21d9e1f
+# %% ../nbs/12_corpus.ipynb #ea07de32
 rule = Axis('rule')
 _mojibake = re.compile('[ÂÃâðÐÎ][\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]')
 _invisible = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]')
@@ -240,10 +240,10 @@ def _repeats(h): "How many of `h` have occurred before"; s = np.sort(h); return 
 
 @rule
 def language(d, language='en'):
-    "Not in the language asked for, by py3langid on the first 500 characters; '' takes any"
+    "Not in the language asked for, by py3langid on the first 500 characters and, if those say so, on 2,000; '' takes any"
     if not language: return
     from py3langid import classify
-    if classify(d.text[:500])[0]!=language: return ''
+    if classify(d.text[:500])[0]!=language and classify(d.text[:2000])[0]!=language: return ''
 
 # %% ../nbs/12_corpus.ipynb #1cac275e
 def clean(text,           # Of one document
@@ -442,7 +442,7 @@ def _question(r):
     try: return formats.question(formats.canonical(dict(r)))
     except UserError: return ' '.join(v for v in r.values() if isinstance(v, str))
 
-# %% ../nbs/12_corpus.ipynb #902a7bd3
+# %% ../nbs/12_corpus.ipynb #e0f9093e
 SAMPLES = 3      # Kept of what each rule removed, in one chunk and in the end
 VERSION = 1      # Of the rules: a change of their code that changes what they do
 
@@ -464,17 +464,21 @@ def clean_chunk(docs, path, rules, leaks):
     sk = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4*PLACES), len(sk), [None, pa.py_buffer(np.ascontiguousarray(sk))])
     t = pa.table([pa.array([i for i,_ in kept], pa.string()), pa.array([t for _,t in kept], pa.string()), pa.array([len(t) for _,t in kept], pa.int32()),
                   pa.array(exact, pa.uint64()), sk], ['id', 'text', 'chars', 'exact', 'sketch'])
-    write_parquet(t.replace_schema_metadata({'counts': to_json(c)}), path)
+    write_parquet([t.replace_schema_metadata({'counts': to_json(c)})], path)
     return c
 
-def write_parquet(table, path, group=2_000):
-    "Write one Parquet file, whole or not at all; `UserError` if there is no room"
+def write_parquet(tables, path):
+    "Write tables as the row groups of one Parquet file, whole or not at all; `UserError` if there is no room"
     import pyarrow.parquet as pq
     path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     with _room(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(tmp, 'wb') as f: pq.write_table(table, f, compression='zstd', row_group_size=group, use_dictionary=['source']); f.flush(); os.fsync(f.fileno())
+            with open(tmp, 'wb') as f:
+                tables = iter(tables); t = next(tables)
+                with pq.ParquetWriter(f, t.schema, compression='zstd', use_dictionary=['source']) as w:
+                    for t in itertools.chain([t], tables): w.write_table(t)
+                f.flush(); os.fsync(f.fileno())
             os.replace(tmp, path); fsync_dir(path.parent)
         finally:
             with contextlib.suppress(FileNotFoundError): os.unlink(tmp)
@@ -508,7 +512,7 @@ def clean_input(docs,          # Called for the documents if they are needed
 
 def _clean_or_find(docs, path, *settings): return _counts(path) if path.exists() else clean_chunk(docs, path, *settings)
 
-# %% ../nbs/12_corpus.ipynb #15594a48
+# %% ../nbs/12_corpus.ipynb #13411dc8
 def _read_columns(path, columns):
     import pyarrow.parquet as pq
     with pq.ParquetFile(path, pre_buffer=False) as f: yield from f.iter_batches(1000, columns=columns)
@@ -547,19 +551,22 @@ def take_turns(streams, sizes):
         yield d; heapq.heappush(heap, (done+len(d['text'])/max(1, sizes[k]), k))
 
 def shares(sizes, weights):
-    "What part of each source stays so that the text has the `weights` (None: all of everything)"
-    if all(w is None for w in weights): return [1.]*len(sizes)
-    w = [1. if x is None else x for x in weights]
-    total = min(s/x for s,x in zip(sizes, w))
-    return [total*x/s if s else 0. for s,x in zip(sizes, w)]
+    "What part of each source stays so that those with a weight stand in its proportion; one without (None) stays whole"
+    total = min((s/w for s,w in zip(sizes, weights) if w is not None), default=0)
+    return [1. if w is None else total*w/s if s else 0. for s,w in zip(sizes, weights)]
 
 def write_shards(docs, folder, size):
     "Write documents as shards of about `size` characters; returns name, documents, chars and sha256 of each"
     import pyarrow as pa
-    out = []
-    for i,c in enumerate(chunks(docs, size)):
-        p = write_parquet(pa.table({k: pa.array([d[k] for d in c], pa.string()) for k in ('id', 'text', 'source')}), folder/f'shard-{i:05}.parquet')
-        out.append(dict(name=f'{folder.name}/{p.name}', documents=len(c), chars=sum(len(d['text']) for d in c), bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
+    out, groups = [], chunks(docs, min(size, CHUNK))
+    def tables(group, facts):
+        while group:
+            facts['documents'] += len(group); facts['chars'] += sum(len(d['text']) for d in group)
+            yield pa.table({k: pa.array([d[k] for d in group], pa.string()) for k in ('id', 'text', 'source')})
+            group = next(groups, None) if facts['chars']+CHUNK/2<size else None
+    while (g := next(groups, None)):
+        facts = dict(documents=0, chars=0); p = write_parquet(tables(g, facts), folder/f'shard-{len(out):05}.parquet')
+        out.append(dict(facts, name=f'{folder.name}/{p.name}', bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
 # %% ../nbs/12_corpus.ipynb #874c34bb
