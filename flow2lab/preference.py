@@ -6,8 +6,8 @@ Docs: https://flow2lab.github.io/flow2lab/preference.html.md"""
 
 # %% auto #0
 __all__ = ['KL_NUMBERS', 'LOSSES', 'encode_pairs', 'PairData', 'pair_data', 'need_trl', 'trainer_class', 'refer', 'collate_new',
-           'answer_logprobs', 'validate', 'kl', 'compute_loss', 'aside', 'Preferences', 'fit_preferences', 'learn',
-           'count_steps']
+           'answer_logprobs', 'validate', 'kl', 'compute_loss', 'aside', 'Preferences', 'check_loss', 'fit_preferences',
+           'learn', 'count_steps']
 
 # %% ../nbs/32_preference.ipynb #6c29ed17
 import contextlib, functools
@@ -152,7 +152,7 @@ def _filled(cls):
 
 PairData.collate_new = collate_new
 
-# %% ../nbs/32_preference.ipynb #1e5a4efc
+# %% ../nbs/32_preference.ipynb #b70ba9d0
 class Preferences:
     "The objective DPO and its relatives: `beta` holds to the reference, `loss` is TRL's name"
     def __init__(self, beta=.1, loss='sigmoid'): self.beta, self.loss = beta, loss
@@ -160,11 +160,14 @@ class Preferences:
     def data(self, *a, **kw): need_trl(); return pair_data(*a, **kw)
     def trainer(self, model, tok, t, out, seed, data, valid, curve):
         from trl import DPOConfig
-        check_names('loss', [self.loss], LOSSES)
-        if not self.beta>0: raise UserError(f'beta={self.beta}: give a number above 0, e.g. 0.1.')
+        check_loss(self.beta, self.loss)
         more = dict(beta=self.beta, loss_type=[self.loss], max_length=None, precompute_ref_log_probs=True, bf16=False,
                     **({'label_smoothing': 1e-3} if self.loss=='exo_pair' else {}), **({} if t.checkpointing else dict(gradient_checkpointing=False)))
         with train.quiet(): return _filled(trainer_class())(model, train._args(t, out, len(data), seed, model.device, kind=DPOConfig, **more), data, t, curve, tok, valid)
+
+def check_loss(beta, loss):
+    check_names('loss', [loss], LOSSES)
+    if not beta>0: raise UserError(f'beta={beta}: give a number above 0, e.g. 0.1.')
 
 LOSSES = 'sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard apo_zero apo_down discopop sigmoid_norm'.split()
 

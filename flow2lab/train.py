@@ -9,10 +9,10 @@ __all__ = ['SCHEDULES', 'TOLD', 'prompt_text', 'turn_text', 'encode_row', 'Sampl
            'pack', 'leak', 'layout', 'packed_attention', 'doc_attention', 'eval_mode', 'way_to_batch', 'pad_batch',
            'label_loss', 'fast_norms', 'has_bf16', 'precision_of', 'sizes_of', 'StepData', 'NonFinite', 'Trainer',
            'orthogonality', 'Curve', 'seal', 'sealed', 'file_hash', 'newest', 'writing', 'run_key', 'card', 'quiet',
-           'TrainResult', 'is_oom', 'oom_advice', 'fit', 'free_memory', 'Labels', 'count_steps', 'matmul_peak',
-           'cost_teller']
+           'TrainResult', 'is_oom', 'oom_advice', 'fit', 'training_flops', 'free_memory', 'Labels', 'count_steps',
+           'matmul_peak', 'cost_teller']
 
-# %% ../nbs/31_train.ipynb #31971b12
+# %% ../nbs/31_train.ipynb #71421d88
 import contextlib, gc, hashlib, inspect, json, os, shutil, tempfile, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from transformers import AttentionInterface, TrainerCallback, TrainingArguments
 from .core import *
-from .models import PeakMemory
+from .models import PeakMemory, flops_per_token
 from .scan import fast_scan
 
 # %% ../nbs/31_train.ipynb #5abcd3ef
@@ -701,7 +701,7 @@ def save_weights(self:Trainer, folder):
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #66085204
+# %% ../nbs/31_train.ipynb #dd674b70
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -717,6 +717,7 @@ class TrainResult:
     best:object=None; last:object=None         # Folders: best validation loss, end of training
     resumed:int=0                              # Step that it was resumed from
     weights:int=0                              # Bytes of the model's parameters
+    flops:float=0.                             # Operations of the training by formula, 0 where we have none
     way:str=''; precision:str=''
     def __repr__(self):
         end = f', loss {self.steps[0]["loss"]:.3f} → {self.steps[-1]["loss"]:.3f}' if self.steps else ''
@@ -818,9 +819,15 @@ def fit(model,          # A transformers model, perhaps with an adapter
         res.steps, res.tokens, res.seconds, res.tokens_per_s = c.steps, c.tokens, c.seconds, c.tokens/max(c.seconds, 1e-9)
         res.way, res.precision, res.dropped = d.way, 'bf16' if tr.bf16 else 'fp32', getattr(d.samples, 'dropped', 0)
         if out and (out/'best').exists() and any('val_loss' in s for s in c.steps): res.best = out/'best'
+        res.flops = res.tokens*training_flops(model, d.sizes.mean())
     res.trainable, res.peak_memory, res.weights = sum(p.numel() for p in _trained(model).values()), mem.to_dict(), _held(model)
     tr = None; free_memory(res.trainable)
     return res
+
+def training_flops(model, context):
+    "Operations a token of training: forward, the gradients of the activations and, unless an adapter is trained on a frozen base, those of the weights"
+    try: return (2 if hasattr(model, 'peft_config') else 3)*flops_per_token(model.config, max(1, int(context))).total
+    except (UserError, AttributeError, KeyError, TypeError): return 0
 
 def free_memory(trained=10**9):
     "Give back what the Trainer's cycles hold. Collecting takes a fifth of a second, so not after training an adapter of a few thousand weights on a CPU"
@@ -860,7 +867,7 @@ def _trainer(objective, model, tok, rows, t, seed, about, out, valid, way, resum
     tr.about = dict(about, train=dict(t), seed=seed, trainable=sum(p.numel() for p in _trained(model).values()), versions=versions())
     return tr
 
-# %% ../nbs/31_train.ipynb #6ead337c
+# %% ../nbs/31_train.ipynb #cc4863ca
 def count_steps(rows, tok, model, spec):
     "Optimizer steps that `fit` will take on `rows`"
     return len(_step_data(rows, tok, model, spec.train, 'padded', spec.seed))
@@ -881,6 +888,7 @@ def metrics(self:TrainResult):
            'peak_memory': n(m['allocated'] or m['growth']+self.weights, 'bytes', 'min')}
     if m['reserved']: out['memory_reserved'] = n(m['reserved'], 'bytes', 'min')
     if val: out['val_loss'] = n(min(val), 'nats', 'min')
+    if self.flops: out['flops'] = n(self.flops, 'FLOP', 'min')
     last = self.steps[-1]
     out.update({k: n(last[k], *about) for k,about in TOLD.items() if k in last})
     return {f'train/{k}': v for k,v in out.items()}
