@@ -14,8 +14,8 @@ __all__ = ['SPECIAL', 'CHATML', 'source', 'PASSAGE', 'rule', 'PLACES', 'SHINGLE'
            'shares', 'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files', 'checked', 'read_corpus',
            'corpus_hash', 'corpus_stats', 'train_tokenizer', 'token_stream']
 
-# %% ../nbs/12_corpus.ipynb #0baafefa
-import contextlib, functools, hashlib, heapq, itertools, json, multiprocessing, os, re, shutil, sys, tempfile, unicodedata, zlib
+# %% ../nbs/12_corpus.ipynb #2eb00d24
+import contextlib, hashlib, heapq, itertools, json, multiprocessing, os, re, shutil, sys, tempfile, unicodedata, zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -270,25 +270,22 @@ def rule_settings(rules=None, language='en'):
     return {n: dict(given[n], **({'language': language} if n in ('language', 'stop_words') and 'language' not in given[n] else {}))
             for n in rule if n in given}
 
-# %% ../nbs/12_corpus.ipynb #a25fda2a
+# %% ../nbs/12_corpus.ipynb #8f240329
 PLACES, SHINGLE = 128, 3      # Numbers in a sketch, words in a run
 
-@functools.cache
-def _minhash():
-    "rensa's function, told at its first use to take one thread: its pool of threads would not outlive the fork of a worker, which then waits for ever"
+def _minhash(*args):
+    "rensa's digests on one thread: its pool of threads would not outlive the fork of a worker, which would then wait for ever"
     import rensa
-    f, old = rensa.RMinHash.digest_matrix_from_flat_token_hashes, os.environ.get('RAYON_NUM_THREADS')
-    os.environ['RAYON_NUM_THREADS'] = '1'
-    try: f(np.zeros(1, np.uint64), np.array([0, 1], np.uint64), num_perm=PLACES, seed=1)
+    old = os.environ.get('RAYON_NUM_THREADS'); os.environ['RAYON_NUM_THREADS'] = '1'
+    try: return rensa.RMinHash.digest_matrix_from_flat_token_hashes(*args, num_perm=PLACES, seed=1)
     finally: os.environ.pop('RAYON_NUM_THREADS') if old is None else os.environ.update(RAYON_NUM_THREADS=old)
-    return f
 
 def sketch(ids):
     "Numbers of the words of each document → (hash of all words (n), sketches (n, 128) uint32)"
     ids = [i if len(i) else numbers(['']) for i in ids]
     exact = np.array([int.from_bytes(hashlib.blake2b(i.tobytes(), digest_size=8).digest(), 'little') for i in ids], np.uint64)
     rs = [runs(i, SHINGLE) for i in ids]; ends = np.cumsum([0]+[len(r) for r in rs])
-    m = _minhash()(np.concatenate(rs), ends.astype(np.uint64), num_perm=PLACES, seed=1)
+    m = _minhash(np.concatenate(rs), ends.astype(np.uint64))
     return exact, np.array(m.to_rows(), np.uint32)
 
 def band_rows(near):
