@@ -342,12 +342,12 @@ def _not_first(n, pairs):
         a, b = sorted((top(a), top(b))); up[b] = a
     return up!=np.arange(n)
 
-# %% ../nbs/12_corpus.ipynb #4475de57
+# %% ../nbs/12_corpus.ipynb #fce209dd
 CHUNK = 4_000_000    # Characters that a worker gets at once
 
-def chunks(docs, size=CHUNK):
-    "Lists of documents of about `size` characters"
-    part, n = [], 0
+def chunks(docs, size=None):
+    "Lists of documents of about `size` (CHUNK) characters"
+    part, n, size = [], 0, size or CHUNK
     for d in docs:
         part.append(d); n += len(d['text'])+100
         if n>=size: yield part; part, n = [], 0

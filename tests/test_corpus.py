@@ -19,15 +19,13 @@ def article(rng, n=300):
 
 @pytest.fixture(scope='session')
 def web(tmp_path_factory):
-    "12 MB: three chunks of one file"
-    p = tmp_path_factory.mktemp('web')/'web.jsonl'; rng = np.random.default_rng(0); some = [article(rng).split() for _ in range(200)]
-    with open(p, 'w') as f:
-        for i in range(7000):
-            ws = [some[j][k] for j,k in zip(rng.integers(0, 200, 300), rng.integers(0, 300, 300))]
-            f.write(json.dumps(dict(id=i, text=' '.join(ws)))+'\n')
+    "2 MB: four chunks of one file"
+    p = tmp_path_factory.mktemp('web')/'web.jsonl'; rng = np.random.default_rng(0); words = np.array([w for _ in range(200) for w in article(rng).split()], object)
+    p.write_text(''.join(json.dumps(dict(id=i, text=' '.join(words[rng.integers(0, len(words), 300)])))+'\n' for i in range(1200)))
     return p
 
-FLOW2LAB = [sys.executable, '-c', 'import sys; from flow2lab.cli import main; sys.exit(main())']
+corpus.CHUNK = 600_000         # characters: several chunks of little text
+FLOW2LAB = [sys.executable, '-c', 'import sys; from flow2lab import corpus; from flow2lab.cli import main; corpus.CHUNK = 600_000; sys.exit(main())']
 def left(folder): return sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if 'tmp' in f.name) if folder.exists() else []
 def state(folder): return {k: v for k,v in corpus.manifest(folder).items() if k in ('hash', 'files', 'documents')}
 def says(capsys, *argv, part):
@@ -92,7 +90,7 @@ def test_kill_and_go_on(web, prepared, tmp_path):
     assert subprocess.run(cmd, capture_output=True).returncode==0
     assert state(out)==state(prepared.folder) and first[0].stat().st_mtime_ns==before and not left(out/'shards')
 
-@pytest.mark.parametrize('limit', [300_000, 3_200_000])
+@pytest.mark.parametrize('limit', [200_000, 600_000])
 def test_disk_full(web, prepared, tmp_path, limit):
     "Room for no chunk, or for the chunks but not for the shard: a sentence, nothing half-written; with room the same command goes on"
     out = tmp_path/'c'; cmd = [*FLOW2LAB, 'corpus', 'prepare', str(web), '--out', str(out), '--language', 'any', '--workers', '2']
@@ -138,6 +136,7 @@ def test_stale_things_are_refused(web, prepared, tmp_path, capsys):
     assert not (tmp_path/'q').exists()
     corpus.prepare(web, c, language='', limit=300, workers=1); assert shard.read_bytes()==whole
 
+BIG = [sys.executable, '-c', 'import sys; from flow2lab.cli import main; sys.exit(main())']        # chunks of the usual size
 def peak(cmd):
     "Largest resident size (bytes) of any process that `cmd` starts"
     code = 'import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r.returncode)'
@@ -146,15 +145,15 @@ def peak(cmd):
 
 @pytest.mark.skipif(os.environ.get('FLOW2LAB_SLOW')!='1', reason='slow: set FLOW2LAB_SLOW=1 to prepare, tokenize and pack 1 GB (about 10 minutes)')
 def test_memory_does_not_grow(web, tmp_path):
-    "1 GB of varied text takes at most 300 MB more than 12 MB, in every process of every stage"
+    "1 GB of varied text takes at most 300 MB more than 2 MB, in every process of every stage"
     big = tmp_path/'big.jsonl'; rng = np.random.default_rng(2); words = np.array(WORDS+[w for l in open(web).readlines()[:300] for w in json.loads(l)['text'].split()], object)
     with open(big, 'w') as f:
         while f.tell()<1e9: f.write(json.dumps(dict(text=' '.join(words[rng.integers(0, len(words), 400)])))+'\n')
-    tok = tokenize.make_tokenizer(corpus.prepare(web, tmp_path/'t', language='', limit=2000).folder, tmp_path/'tok', vocab=2048)
+    tok = tokenize.make_tokenizer(corpus.prepare(web, tmp_path/'t', language='', limit=0).folder, tmp_path/'tok', vocab=2048)
     grown = {}
     for how in ('prepare', 'contiguous', 'first_fit'):
-        command = lambda src, out: ([*FLOW2LAB, 'corpus', 'prepare', str(src), '--out', str(tmp_path/f'c{out}'), '--language', 'any'] if how=='prepare' else
-                                    [*FLOW2LAB, 'pack', str(tmp_path/f'c{out}'), '--tokenizer', str(tmp_path/'tok'), '--out', str(tmp_path/f'{how}{out}'), '--how', how])
+        command = lambda src, out: ([*BIG, 'corpus', 'prepare', str(src), '--out', str(tmp_path/f'c{out}'), '--language', 'any'] if how=='prepare' else
+                                    [*BIG, 'pack', str(tmp_path/f'c{out}'), '--tokenizer', str(tmp_path/'tok'), '--out', str(tmp_path/f'{how}{out}'), '--how', how])
         grown[how] = peak(command(big, 'big'))-peak(command(web, 'small'))
     print({k: f'{v/1e6:.0f} MB' for k,v in grown.items()})
     assert max(grown.values())<=300e6, grown
