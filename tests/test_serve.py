@@ -147,6 +147,52 @@ def test_full_queue_time_limit_and_clients_that_leave(door):
     with pytest.raises(openai.APIError, match='time limit'): list(door.client().completions.create(**ENDLESS, stream=True))
     assert door.client().completions.create(**short).usage.completion_tokens==3
 
+class Browser:
+    "A headless chromium, spoken to through its debugging port"
+    def __init__(self, folder):
+        websocket = pytest.importorskip('websocket', reason='websocket-client is not installed')
+        exe = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+        if not exe: pytest.skip('no chromium on this machine')
+        flags = '--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync --window-size=900,700'.split()
+        self.p = subprocess.Popen([exe, *flags, '--remote-debugging-port=0', f'--user-data-dir={folder}', 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end, port = time.time()+60, Path(folder)/'DevToolsActivePort'
+        while not (port.exists() and port.read_text().count('\n')): assert time.time()<end and self.p.poll() is None, 'chromium did not start'; time.sleep(.1)
+        c = http.client.HTTPConnection('127.0.0.1', int(port.read_text().split()[0])); c.request('GET', '/json'); pages = json.loads(c.getresponse().read())
+        self.ws, self.n, self.seen = websocket.create_connection(next(p for p in pages if p['type']=='page')['webSocketDebuggerUrl'], timeout=30, suppress_origin=True), 0, []
+        for d in ('Page', 'Runtime', 'Network', 'Log'): self.do(f'{d}.enable')
+    def do(self, method, **params):
+        self.n += 1; self.ws.send(json.dumps(dict(id=self.n, method=method, params=params)))
+        while True:
+            m = json.loads(self.ws.recv())
+            if m.get('id')==self.n: assert 'error' not in m, m; return m['result']
+            self.seen.append(m)
+    def js(self, code): return self.do('Runtime.evaluate', expression=code, returnByValue=True, awaitPromise=True)['result'].get('value')
+    def until(self, code, seconds=20):
+        end = time.time()+seconds
+        while not (v := self.js(code)): assert time.time()<end, (code, self.js('document.body.innerText')); time.sleep(.05)
+        return v
+    def close(self): self.p.terminate(); self.p.wait(20)
+
+def test_chat_page_in_a_browser(nano, tmp_path):
+    b = Browser(tmp_path/'profile')
+    try:
+        b.do('Page.navigate', url=f'http://127.0.0.1:{nano.port}/'); b.until("document.getElementById('model')?.textContent=='nano'")
+        send = lambda text: b.js(f"document.getElementById('text').value = {json.dumps(text)}; document.getElementById('form').requestSubmit()")
+        wait = lambda n: b.until(f"document.querySelectorAll('.assistant').length=={n} && !document.getElementById('send').disabled && '_' + [...document.querySelectorAll('.assistant')].at(-1).textContent")[1:]
+        send('What is 12 plus 30?')
+        assert wait(1)==nano.client().chat.completions.create(**chat('What is 12 plus 30?')).choices[0].message.content
+        evil = '<img src=x onerror="document.title=1"><script>document.title=2</script>'; send(evil); wait(2)
+        assert b.js("document.querySelectorAll('.user')[1].textContent")==evil and b.js("document.querySelectorAll('main img, main script').length")==0 and b.js('document.title')=='nano'
+        assert b.js("getComputedStyle(document.querySelector('.user')).whiteSpace")=='pre-wrap'         # the style was let in by its hash
+        b.js("document.getElementById('temperature').value = 9"); send('Hi'); b.until("document.querySelector('.error')?.textContent.includes(\"'temperature' must be\")")
+        if (f := os.environ.get('FLOW2LAB_SCREENSHOT')): Path(f).write_bytes(base64.b64decode(b.do('Page.captureScreenshot')['data']))
+        b.js("document.getElementById('clear').click()"); assert b.js("document.querySelectorAll('.turn').length")==0
+        urls = [m['params']['request']['url'] for m in b.seen if m.get('method')=='Network.requestWillBeSent']
+        assert len(urls)>=4 and all(u.startswith((f'http://127.0.0.1:{nano.port}/', 'data:')) for u in urls), urls
+        said = [m['params'] for m in b.seen if m.get('method') in ('Runtime.exceptionThrown', 'Log.entryAdded')]
+        assert [s for s in said if '400' not in json.dumps(s)]==[], said                                # nothing but the answer we provoked
+    finally: b.close()
+
 def test_ctrl_c_ends_cleanly_and_nothing_was_written_that_should_not(door, nano):
     answer = door.stream(dict(ENDLESS, stream=True)).answer; nano.ask('POST', '/v1/completions', dict(model='nano', prompt=SECRET, max_tokens=3))
     for s in (door, nano):
