@@ -9,11 +9,11 @@ __all__ = ['ALPACA', 'TEMPLATES', 'MARKS', 'TREE', 'SMOKE', 'with_template', 'te
            'instruct', 'canonical_or_why', 'conversations', 'alpaca', 'dolly', 'oasst1', 'preference', 'pair_row',
            'nano_preference', 'nano_talk', 'grams', 'distinct', 'repetition', 'samples']
 
-# %% ../nbs/15_stages.ipynb #6af04251
+# %% ../nbs/15_stages.ipynb #65772149
 import collections, itertools, random, re
 from pathlib import Path
 import numpy as np
-from .core import UserError, check_names, find_data, fingerprint, hash_of, relative, task
+from .core import UserError, check_names, find_data, hash_of, output_path, relative, task
 from .corpus import CHATML
 from .formats import RowError, canonical, in_valid, raw_rows
 from .nano import FACTS, Generated, facts, math_row, say
@@ -79,7 +79,7 @@ def bytes_per_token(tok, rows, most=200_000):
         n += len(r)-1; size += len(tok.decode(np.asarray(r)[1:].tolist(), skip_special_tokens=True).encode())
     return size/n if n else 0.
 
-# %% ../nbs/15_stages.ipynb #8fe374d6
+# %% ../nbs/15_stages.ipynb #e8b884fc
 def threads(rows, language='en'):
     "Conversations of OASST1's message tree: from each root on, the reply that people ranked first"
     rows = [r for r in rows if not r.get('deleted') and language in ('', r.get('lang', language))]
@@ -105,7 +105,8 @@ TREE = {'message_id', 'parent_id', 'role', 'text'}
 class instruct(chat):
     "Instructions: Alpaca, Dolly and OASST1 together, or your own files in any known shape"
     metrics = dict(f1=_fraction, obeys=_fraction, words=dict(unit='words', direction=''))
-    options = dict(template='', language='en', held=.05)       # Template of TEMPLATES; language of OASST1; share of rows on the test side
+    options = dict(template='', language='en', held=.05, stream=False)   # Template of TEMPLATES; language of OASST1; share of rows on the test side; more rows than memory holds?
+    objective = 'labels'
     hub, max_new_tokens = 'tatsu-lab/alpaca,databricks/databricks-dolly-15k,OpenAssistant/oasst1', 128
     form = 'one or several files (path=a.json,b.jsonl) in any shape that `flow2lab data check` accepts'
 
@@ -129,6 +130,28 @@ class instruct(chat):
         if 'messages' not in row: raise ValueError('no instruction and answer in it')
         if 'instruction' in raw and (more := raw.get('input') or raw.get('context')): row['messages'][-2].update(instruction=raw['instruction'], input=more)
         return row
+    @classmethod
+    def stream(cls, split='train', path='', hub='', revision='main', **options):
+        "Examples one at a time, as they are read"
+        o = {**cls.options, **options}
+        for i,r in enumerate(cls.source(split, path, hub, revision, **o)):
+            for row in cls.rows(split, [r], **o): yield cls.example(dict(row, id=str(i)))
+    @classmethod
+    def training(cls, spec):
+        "With stream=True the rows go from the file or the hub to tokens on disk, never all in memory; else None, for the usual way"
+        a = spec.task_args
+        if not a.get('stream'): return None
+        if cls.objective!='labels': raise UserError(f'task {cls.__name__}: stream=True is for rows with labels, not for pairs.')
+        from flow2lab.quantize import tokenizer_of
+        from flow2lab.train import Spooled, spool
+        valid, tok, n, t = [], tokenizer_of(spec), a.get('n', 0), spec.train
+        def train():
+            for i,r in enumerate(cls.stream(**{k: v for k,v in a.items() if k not in ('n', 'seed', 'stream')})):
+                if n and i>=n: return
+                if in_valid(r, .05): valid.append(r) if len(valid)<500 else None
+                else: yield r
+        rows = spool(train(), tok, output_path(spec)/'rows', t.seq_len, t.loss_on)
+        return TrainingData(rows, valid)
     @classmethod
     def score(cls, row, said): return dict(f1=super().score(row, said)['f1'], obeys=obeys(said), words=float(len(said.split())))
 
@@ -157,13 +180,13 @@ class oasst1(instruct):
     "Conversations written and ranked by people (Köpf et al., 2023, arXiv:2304.07327)"
     hub = 'OpenAssistant/oasst1'
 
-# %% ../nbs/15_stages.ipynb #eccd89c3
+# %% ../nbs/15_stages.ipynb #a29acb59
 @task
 class preference(instruct):
     "Pairs of answers, the first one better: any shape with chosen and rejected"
     kind, objective = 'choice', 'preference'
     metrics = dict(accuracy=_fraction)
-    options = dict(template='', held=.1, beta=.1, loss='sigmoid')      # beta and loss (TRL's name) of the training
+    options = dict(template='', language='en', held=.1, beta=.1, loss='sigmoid')      # beta and loss (TRL's name) of the training
     hub = 'HuggingFaceH4/ultrafeedback_binarized'
     form = 'rows with prompt, chosen and rejected, in any shape that `flow2lab data check` accepts'
 
