@@ -14,10 +14,11 @@ __all__ = ['SPECIAL', 'CHATML', 'source', 'PASSAGE', 'rule', 'PLACES', 'SHINGLE'
            'shares', 'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files', 'checked', 'read_corpus',
            'corpus_hash', 'corpus_stats', 'train_tokenizer', 'token_stream']
 
-# %% ../nbs/12_corpus.ipynb #2eb00d24
+# %% ../nbs/12_corpus.ipynb #a4e5dd10
 import contextlib, hashlib, heapq, itertools, json, multiprocessing, os, re, shutil, sys, tempfile, unicodedata, zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import numpy as np
 from .core import Axis, UserError, atomic_write, find_data, fingerprint, fsync_dir, hash_of, relative, task, to_json
@@ -342,7 +343,7 @@ def _not_first(n, pairs):
         a, b = sorted((top(a), top(b))); up[b] = a
     return up!=np.arange(n)
 
-# %% ../nbs/12_corpus.ipynb #fce209dd
+# %% ../nbs/12_corpus.ipynb #de920dfe
 CHUNK = 4_000_000    # Characters that a worker gets at once
 
 def chunks(docs, size=None):
@@ -367,10 +368,12 @@ def in_order(f, jobs, workers=0):
                 todo.append(pool.submit(f, *j))
                 if len(todo)>n+1: yield todo.popleft().result()
             while todo: yield todo.popleft().result()
+        except BrokenProcessPool:
+            raise UserError('a worker process was killed, perhaps for want of memory. What was finished is kept: the same command goes on; use fewer with --workers.') from None
         finally:
             for t in todo: t.cancel()
 
-# %% ../nbs/12_corpus.ipynb #6c8469fd
+# %% ../nbs/12_corpus.ipynb #5f8d7869
 class Report(dict):
     "Facts as a dict that prints as `text`"
     def __init__(self, d, text): super().__init__(d); self.text = text
@@ -385,7 +388,6 @@ def _room(where):
     "Turn a full disk (or a file size limit) into a sentence"
     try: yield
     except OSError as e:
-        if e.errno is None and not isinstance(e, OSError): raise
         raise UserError(f'{relative(where)}: cannot write ({e.strerror or str(e).splitlines()[0]}). What was finished is kept; '
                         'free some space or choose another place, and the same command goes on.') from e
 
@@ -448,7 +450,7 @@ def _question(r):
     try: return formats.question(formats.canonical(dict(r)))
     except UserError: return ' '.join(v for v in r.values() if isinstance(v, str))
 
-# %% ../nbs/12_corpus.ipynb #e0f9093e
+# %% ../nbs/12_corpus.ipynb #b4a3ad57
 SAMPLES = 3      # Kept of what each rule removed, in one chunk and in the end
 VERSION = 1      # Of the rules: a change of their code that changes what they do
 
@@ -507,8 +509,9 @@ def clean_input(docs,          # Called for the documents if they are needed
                 workers=0):
     "Clean one input in chunks, or find that it was done; returns its counts"
     done = folder/'done.json'
-    if done.exists(): return json.loads(done.read_text(encoding='utf-8'))
-    have = lambda p: (p, p.exists())
+    if done.exists():
+        total = json.loads(done.read_text(encoding='utf-8'))
+        if all((folder/f'{i:05}.parquet').exists() for i in range(total['chunks'])): return total
     def jobs():
         for i,c in enumerate(chunks(docs())): yield (c, folder/f'{i:05}.parquet', *settings)
     total, n = dict(documents=0, chars=0, removed={}, changed={}, samples={}), 0
@@ -575,7 +578,7 @@ def write_shards(docs, folder, size):
         out.append(dict(facts, name=f'{folder.name}/{p.name}', bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
-# %% ../nbs/12_corpus.ipynb #874c34bb
+# %% ../nbs/12_corpus.ipynb #21c73b2d
 class Prepared(Report):
     "What `prepare` made: `folder`, `documents`, `report`, and `fresh`, False if it was there already"
     def __init__(self, folder, manifest, fresh):
@@ -625,7 +628,7 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
     against = [against] if isinstance(against, str) else list(against)
     inputs, settings = _inputs(sources, limit, skip_bad), rule_settings(rules, language)
     leaks = Leaks(leak_items(against)) if against else None
-    base = dict(rules=settings, leaks=hash_of([leaks.grams.tolist(), leaks.short]) if leaks else '', limit=limit, skip_bad=skip_bad, version=VERSION)
+    base = dict(rules=settings, leaks=hash_of([leaks.grams.tolist(), leaks.short]) if leaks else '', limit=limit, skip_bad=skip_bad, version=[VERSION, CHUNK, PLACES, SHINGLE])
     inputs = [(name, w, [(label, hash_of([base, key]), docs) for label,key,docs in parts]) for name,w,parts in inputs]
     found = hash_of([[k for _,_,ps in inputs for _,k,_ in ps], near])
     whole = hash_of([found, [(n, w, len(ps)) for n,w,ps in inputs], shard_mb, seed])
@@ -694,6 +697,7 @@ def changed_files(folder, m):
 
 def _sweep(out, whole, used):
     "Take away what an earlier state of `out` left behind"
+    for f in (out/'stages').rglob('.*.tmp'): f.unlink(missing_ok=True)          # of processes that were killed
     for f in [*out.glob('shards-*'), *(out/'stages').iterdir()]:
         if f.name!=f'shards-{whole}' and f.name not in used: shutil.rmtree(f) if f.is_dir() else f.unlink()
 
