@@ -42,7 +42,7 @@ def dial(size='tiny',    # nano, tiny, small, base, d1 to d99, or a preset such 
                     tokens_per_parameter=tokens/active, lr=float(f'{.003*192/c.hidden_size:.2g}'), batch_tokens=batch, steps=-(-tokens//batch),
                     flops=3*flops_per_token(c, context).total*tokens)
 
-# %% ../nbs/77_scratch.ipynb #57238f37
+# %% ../nbs/77_scratch.ipynb #67ad9644
 def _kept(path):
     "`path` as a Spec keeps it; several may be joined by commas"
     one = lambda p: relative(p) if os.path.isabs(p) and Path(p).resolve().is_relative_to(project_path()) else p
@@ -62,7 +62,7 @@ def pretrain_spec(pack,               # Folder that `pack_corpus` made
     d = dial(size, ratio, tokens, len(tok), p.seq_len)
     t = dict(loss_on='all', tokens=d.tokens, lr=d.lr, batch_tokens=d.batch_tokens, seq_len=p.seq_len, schedule=schedule, warmup=.02, weight_decay=.1,
              save_every=max(1, min(1000, d.steps//4)), eval_every=max(1, d.steps//20))
-    return Spec(base=d.base, dtype='fp32', task='text', task_args=dict(path=_kept(pack), tokenizer=_kept(tokenizer)), train={**t, **train}, eval=eval, seed=seed)
+    return Spec(base=d.base, task='text', task_args=dict(path=_kept(pack), tokenizer=_kept(tokenizer)), train={**t, **train}, eval=eval, seed=seed)
 
 LORA = dict(nano=dict(r=8, alpha=16), tiny=dict(r=16, alpha=32), small=dict(r=32, alpha=64), base=dict(r=64, alpha=128))     # By the size of the base
 
@@ -84,7 +84,7 @@ DPO_LR = dict(full=dict(nano=1e-4, tiny=2e-5, small=2e-6, base=5e-7), lora=dict(
 def _tuned(base, data, name, method, rates, train, eval, seed, task_args):
     s = size_class(parameters_of(base)); kind = 'full' if method=='full' else 'lora'
     args = dict(LORA[s]) if method in ('lora', 'rslora', 'dora', 'pissa') else {}
-    return Spec(base=base, dtype='fp32', task=name, task_args={**({'path': _kept(data)} if data else {}), **task_args}, method=method, method_args=args,
+    return Spec(base=base, task=name, task_args={**({'path': _kept(data)} if data else {}), **task_args}, method=method, method_args=args,
                 train={**dict(lr=rates[kind][s], seq_len=512, warmup=.05), **train}, eval=eval, seed=seed)
 
 def sft_spec(base,              # A Spec, or a model by name
