@@ -139,7 +139,7 @@ def fingerprint(path, n=16):
             else hashlib.sha256(f.read()).hexdigest()
     return _seen_files[key][:n]
 
-# %% ../nbs/00_core.ipynb #774ad4df
+# %% ../nbs/00_core.ipynb #030576cc
 class Axis:
     "A registry: `@axis` files a definition under its name, `axis[name]` finds it or lists the right names"
     all = {}
@@ -167,7 +167,7 @@ task      = Axis('task', 'flow2lab.tasks', 'flow2lab.nano', 'flow2lab.stages')
 arch      = Axis('arch', 'flow2lab.models')
 method    = Axis('method', 'flow2lab.methods')
 quantizer = Axis('quantizer', 'flow2lab.quantize')
-backend   = Axis('backend', 'flow2lab.evaluate')
+backend   = Axis('backend', 'flow2lab.evaluate', 'flow2lab.backends')
 
 # %% ../nbs/00_core.ipynb #6183c304
 TRAIN = dict(

@@ -8,7 +8,8 @@ Docs: https://flow2lab.github.io/flow2lab/evaluate.html.md"""
 __all__ = ['Score', 'Generation', 'ENDS', 'ASK', 'ITEMS', 'encode', 'prompt_ids', 'pair_ids', 'Tree', 'hf', 'max_length',
            'end_ids', 'sliding_window', 'only_at', 'fast_fp32', 'new_cache', 'fork', 'keep', 'join', 'common', 'lay',
            'same_length', 'window_pairs', 'text_nll', 'perplexity', 'ask_choice', 'ask_generate', 'ask_loglikelihood',
-           'Meter', 'evaluate_task', 'task_metrics', 'Evaluation', 'load_backend', 'evaluate', 'memory_metrics']
+           'Meter', 'evaluate_task', 'task_metrics', 'Evaluation', 'load_backend', 'backend_for', 'evaluate',
+           'memory_metrics', 'nll_by_position']
 
 # %% ../nbs/50_evaluate.ipynb #f08c1653
 import contextlib, functools, math, platform, time
@@ -571,7 +572,7 @@ def task_metrics(t, name, scores, seconds, new=None):
                                     tokens_per_s=dict(value=new/seconds, unit='tokens/s', direction='max', n=n))
     return {f'{name}/{k}': v for k,v in said.items()}
 
-# %% ../nbs/50_evaluate.ipynb #ef3d6025
+# %% ../nbs/50_evaluate.ipynb #00612ce7
 @dataclass
 class Evaluation:
     "What an evaluation gave: `items`, one row each, and `metrics` by name with unit and direction"
@@ -590,6 +591,11 @@ def load_backend(base,            # Shipped name, folder (full, quantized, adapt
                  dtype:str='auto'):
     "`base` on the backend `name`"
     return backend[name].load(base, dtype=dtype)
+
+def backend_for(spec, model, tok):
+    "The backend that `spec` names: for its untouched base from where that lies, else for the `model` that the run has made"
+    if spec.backend=='hf' or spec.task or not isinstance(spec.base, str): return backend[spec.backend](model, tok)
+    return load_backend(spec.base, spec.backend, spec.dtype)
 
 def evaluate(model,               # A transformers model, or a backend that is ready
              tok=None,            # Its tokenizer
@@ -616,3 +622,23 @@ def memory_metrics(what, memory):
     b = lambda v: dict(value=v, unit='bytes', direction='min')
     if memory.allocated: return {f'{what}/peak_memory': b(memory.allocated), f'{what}/memory_reserved': b(memory.reserved)}
     return {f'{what}/peak_memory': b(memory.resident)}
+
+# %% ../nbs/50_evaluate.ipynb #4b98f29f
+def nll_by_position(model, tok, text,
+                    window:int=1024,  # Tokens read at once
+                    windows:int=4,    # How many, side by side from the start of `text`
+                    buckets:int=8):   # Ranges of positions, each twice as long as the one before
+    "DataFrame of `position` (middle of the range), `nll` in nats a token, its standard error `se` over tokens, and `n`"
+    import pandas as pd, torch
+    be = hf(model, tok, shortcuts=False); ids = np.array(tok(text[:window*windows*12], add_special_tokens=False).input_ids)
+    rows = len(ids)//window
+    if rows<1: raise UserError(f'a text of {len(ids)} tokens, but window={window}. Give a longer text or a shorter window.')
+    ids, nll = ids[:min(rows, windows)*window].reshape(-1, window), []
+    with be.quiet():
+        for row in ids:
+            lp = be.model(be.tensor(row[None]), use_cache=False).logits[0,:-1].float().log_softmax(-1)
+            nll.append(-lp.gather(1, be.tensor(row[1:,None]))[:,0].cpu().numpy())
+    nll, edges = np.stack(nll), sorted({0, *(round(window/2**i) for i in range(buckets)), window-1})
+    edges = [e for e in edges if e<window]
+    out = [dict(position=(a+b)/2+1, nll=(x := nll[:,a:b]).mean(), se=x.std(ddof=1)/x.size**.5, n=x.size) for a,b in zip(edges, edges[1:]) if b-a>0 and len(nll)*(b-a)>1]
+    return pd.DataFrame(out)

@@ -241,7 +241,7 @@ def size_on_disk(model):
         save_file({n: t.cpu().contiguous() for n,t in held_tensors(model, buffers=False).items()}, f'{d}/m.safetensors')
         return os.path.getsize(f'{d}/m.safetensors')
 
-# %% ../nbs/40_quantize.ipynb #8e2730fa
+# %% ../nbs/40_quantize.ipynb #b3780751
 def why_not(base_quant, args, meth):
     "Why `meth` cannot train on a base quantized by `base_quant`, or ''"
     q = quantizer[base_quant]
@@ -254,6 +254,8 @@ def check_combination(spec):
     "Raise `UserError` for what the libraries cannot do together, by name and before anything is loaded"
     for kind, name in (('base_quant', spec.base_quant), ('quant', spec.quant)):
         if name and spec.backend!='hf': raise UserError(f'{kind}={name}: runs in backend hf only, and this Spec says {spec.backend}')
+    if spec.backend!='hf' and spec.bench: raise UserError(f'bench: measures backend hf only, and this Spec says {spec.backend}')
+    if spec.backend=='gguf' and (spec.task or isinstance(spec.base, Spec)): raise UserError('backend gguf: runs GGUF files, and what is trained here is none; use hf or mlx')
     if spec.base_quant and spec.task and (why := why_not(spec.base_quant, spec.base_quant_args, spec.method)):
         raise UserError(f'base_quant={spec.base_quant} with method={spec.method}: {why}')
     if spec.base_quant and spec.quant and not spec.task:

@@ -446,7 +446,7 @@ async def whole(answer, drop, receive, send):
     if kind=='error': raise Refused(*value, kind='server_error')
     if kind=='end': await reply(send, 200, answer.whole(''.join(text), value))
 
-# %% ../nbs/80_serve.ipynb #4897ef8c
+# %% ../nbs/80_serve.ipynb #56f0b421
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>flow2lab chat</title>
 <link rel="icon" href="data:,"><style>
@@ -456,7 +456,7 @@ header, form { display: flex; gap: .6rem; align-items: center; padding: .7rem 1r
 header { border-bottom: 1px solid var(--line) } h1 { font-size: 1.05rem; margin: 0; flex: 1 } label { font-size: .85rem }
 input[type=number] { width: 4.5rem } button, input, textarea { font: inherit; padding: .3rem .6rem; border: 1px solid var(--line); border-radius: .4rem; background: Canvas; color: CanvasText }
 main { flex: 1; padding: 1rem } .turn { white-space: pre-wrap; overflow-wrap: anywhere; padding: .5rem .8rem; margin: .5rem 0; border-radius: .6rem; border: 1px solid var(--line) }
-.user { background: var(--mine); margin-left: 15% } .assistant { margin-right: 15% } .error { border-color: #c33; color: #c33 }
+.turn:empty::before { content: '\\2026' } .user { background: var(--mine); margin-left: 15% } .assistant { margin-right: 15% } .error { border-color: #c33; color: #c33 }
 form { position: sticky; bottom: 0; background: Canvas; border-top: 1px solid var(--line) } textarea { flex: 1; min-height: 2.6rem; resize: vertical }
 </style></head><body>
 <header><h1 id="model">flow2lab</h1><label>temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0"></label>
@@ -486,8 +486,8 @@ async function ask(text) {
         if (!l.startsWith('data: ') || l == 'data: [DONE]') continue;
         const o = JSON.parse(l.slice(6)); if (o.error) throw Error(o.error.message);
         said += o.choices[0]?.delta.content ?? ''; box.textContent = said } } }
-  catch (e) { if (e.name != 'AbortError') show('error', e.message) }
-  turns.push({role: 'assistant', content: said}); abort = null; $('stop').hidden = true; $('send').disabled = false; $('text').focus() }
+  catch (e) { if (e.name != 'AbortError') { if (!said) box.remove(); show('error', e.message) } }
+  if (said || box.isConnected) turns.push({role: 'assistant', content: said}); else turns.pop(); abort = null; $('stop').hidden = true; $('send').disabled = false; $('text').focus() }
 $('form').onsubmit = e => { e.preventDefault(); const t = $('text').value.trim(); if (t && !abort) { $('text').value = ''; ask(t) } };
 $('text').onkeydown = e => { if (e.key == 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); $('form').requestSubmit() } };
 $('stop').onclick = () => abort?.abort();

@@ -528,7 +528,7 @@ def _kind(df, metric):
     share = df[metric].dropna().between(0, 1).all()
     return info.get('unit', 'fraction' if share else ''), info.get('direction', 'max')
 
-# %% ../nbs/61_stats.ipynb #208d2949
+# %% ../nbs/61_stats.ipynb #25ea818e
 def compare(df,              # Records, from `load_records` or `load_any`
             items=None,      # Items, from `load_items`; read from the run folders if None, unused if False
             metric=None,     # By full name, its end or its task; the best known one if None
@@ -545,12 +545,21 @@ def compare(df,              # Records, from `load_records` or `load_any`
     if not done: raise UserError(f'no run has a value for {metric}. {why}')
     silent = [k for k in lost if status[k]=='ok']
     if silent: notes.append(f'{len(silent)} of {len(status)} have no {metric} and are left out')
+    notes += _contamination_notes(df, metric, unit)
     f, flags = _scores(df, list(done.values()), metric, items, unit=='fraction', notes)
     rows, costs = _rows(df, done, status, f, metric, flags, 1 if direction=='max' else -1, (memory, time), alpha, notes)
     rows = pd.concat([rows, _failures(df, [k for k in lost if k not in silent], status)], ignore_index=True)
     tied = [k for k,r in zip(rows['name'], rows['rank_low']) if r==1]
     c = Comparison(metric, unit, direction, rows, tied, notes=notes, paired=isinstance(f, Field), costs=costs)
     return _with_differences(c, df, done, f, baseline)
+
+def _contamination_notes(df, metric, unit):
+    "Scores with and without the items that were found among the training rows"
+    task, key = metric.split('/')[0], f'{metric}_clean'; found = f'{task}/contaminated'
+    if found not in df or key not in df: return []
+    hit = df[df[found].fillna(0)>0].groupby('label', sort=False)
+    return [f'{name}: {g[found].max():.0f} items of {task} are among its training rows; {fmt(g[metric].mean(), unit)} with them, '
+            f'{fmt(g[key].mean(), unit)} without' for name,g in hit]
 
 def _failures(df, labels, status):
     "Rows for methods of which no run gave a value"

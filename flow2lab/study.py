@@ -64,12 +64,12 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #65d67ab3
+# %% ../nbs/75_study.ipynb #22b14bb4
 _from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256, precision='bf16', weight_decay=.05, eval_every=50)
 PRETRAIN = dict(
-    nano=AttrDict(size='nano', task='nano_text', task_args={}, train=dict(_from_nothing, tokens=1_000_000),
+    nano=AttrDict(size='nano', task='nano_text', task_args={}, train=dict(_from_nothing, tokens=600_000),
         eval=dict(nano_math=200, nano_choice=200, nano_qa=200, nano_needle=400),
-        lr=dict(transformer=3e-3, mamba=3e-3, mamba2=3e-3, moe=3e-3, hybrid=3e-3)))
+        lr=dict(transformer=1e-3, mamba=1e-3, mamba2=1e-3, moe=1e-3, hybrid=1e-3)))
 
 def pretrained_spec(arch, seed=0, scale='nano', **kw):
     "A preset of architecture `arch` trained from nothing as `scale` says"

@@ -287,8 +287,8 @@ def cut_pieces(lengths, size):
     start = at+k*size; length = np.minimum(size, np.repeat(lengths, n)-k*size)
     return start[length>1], length[length>1]
 
-# %% ../nbs/14_tokenize.ipynb #b410bf90
-WINDOW = 200_000       # Pieces packed at once
+# %% ../nbs/14_tokenize.ipynb #753fa1c3
+WINDOW = 8_000_000     # Tokens packed at once
 
 def _write_contiguous(parts, f, dtype, seq_len, pad):
     "Append the tokens of all parts to file `f`; returns (index of documents (n, 2), rows, useful tokens)"
@@ -300,12 +300,12 @@ def _write_contiguous(parts, f, dtype, seq_len, pad):
     return np.concatenate(index), rows, rows*seq_len
 
 def _windows(parts, size):
-    "(tokens, start, length) of some WINDOW pieces at a time"
+    "(tokens, start, length) of the pieces of some WINDOW tokens at a time"
     held, n = [], 0
     for p in parts:
         with np.load(p) as z: ids, lens = z['tokens'], z['lengths']
-        held.append((ids, *cut_pieces(lens, size))); n += len(held[-1][1])
-        if n>=WINDOW or sum(len(h[0]) for h in held)>32_000_000: yield _joined(held); held, n = [], 0
+        held.append((ids, *cut_pieces(lens, size))); n += len(ids)
+        if n>=WINDOW: yield _joined(held); held, n = [], 0
     if n: yield _joined(held)
 
 def _joined(held):
@@ -320,8 +320,9 @@ def _write_rows(parts, f, dtype, seq_len, pad):
         start, length, row = start[order], length[order], row[order]
         ends = np.cumsum(length); begun = np.searchsorted(row, row)                       # first piece of each piece's row
         to = row*seq_len + (ends-length) - (ends-length)[begun]
-        out = np.full(n*seq_len, pad, dtype); k = np.arange(ends[-1])-np.repeat(ends-length, length)
-        out[np.repeat(to, length)+k] = ids[np.repeat(start, length)+k]; out.tofile(f)
+        out = np.full(n*seq_len, pad, dtype)
+        for t,s,l in zip(to.tolist(), start.tolist(), length.tolist()): out[t:t+l] = ids[s:s+l]
+        out.tofile(f)
         index.append(np.stack([to+rows*seq_len, length], 1)); rows += n; useful += int(length.sum())
     return np.concatenate(index) if index else np.zeros((0, 2), np.int64), rows, useful
 
