@@ -19,7 +19,7 @@ from .core import UserError, atomic_dir, atomic_write, base_folder, fingerprint,
 from .corpus import (CHATML, SPECIAL, Report, _read_columns, _room, as_mix, chunks, corpus_hash, doc_text, in_order, manifest,
                              read_corpus, thinned, train_tokenizer)
 
-# %% ../nbs/14_tokenize.ipynb #910be8f6
+# %% ../nbs/14_tokenize.ipynb #3893f316
 def _sentencepiece(docs, vocab):
     "The trained sentencepiece model, as bytes"
     import sentencepiece as spm
@@ -37,7 +37,7 @@ def _sentencepiece(docs, vocab):
 def _too_large(vocab, most): return UserError(f'vocab={vocab}: the text allows only {most} pieces. Set --vocab {most} or less, or train on more text.')
 def _too_small(vocab, why): return UserError(f'vocab={vocab}: too small for the characters of this text and 256 bytes. Set a larger --vocab, e.g. {max(1024, 2*vocab)}.')
 
-_CUT = r'▁*<(?=\|)|▁*(?:(?!<\|)[^▁])+|▁+'
+_CUT = r'▁*(?:[^▁<]+|<(?!\|))+|▁*<|▁+'
 
 def unigram(model):
     "A `tokenizers` unigram from the bytes of a sentencepiece model; our special tokens come first"
