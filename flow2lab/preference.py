@@ -148,7 +148,7 @@ def _filled(cls):
 
 PairData.collate_new = collate_new
 
-# %% ../nbs/32_preference.ipynb #e56de357
+# %% ../nbs/32_preference.ipynb #35414dac
 class Preferences:
     "The objective DPO and its relatives: `beta` holds to the reference, `loss` is TRL's name"
     def __init__(self, beta=.1, loss='sigmoid'): self.beta, self.loss = beta, loss
@@ -157,6 +157,7 @@ class Preferences:
     def trainer(self, model, tok, t, out, seed, data, valid, curve):
         from trl import DPOConfig
         check_loss(self.beta, self.loss)
+        if getattr(getattr(model, 'base_model', None), 'rankallocator', None): raise UserError('method adalora: TRL wants a second adapter beside it, which AdaLoRA refuses. Take lora or another method.')
         more = dict(beta=self.beta, loss_type=[self.loss], max_length=None, precompute_ref_log_probs=True, bf16=False,
                     **({'label_smoothing': 1e-3} if self.loss=='exo_pair' else {}), **({} if t.checkpointing else dict(gradient_checkpointing=False)))
         with train.quiet(): return _filled(trainer_class())(model, train._args(t, out, len(data), seed, model.device, kind=DPOConfig, **more), data, t, curve, tok, valid)
