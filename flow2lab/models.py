@@ -260,7 +260,7 @@ def active_params(model):
     k = _per_token(model.config)
     return count_params(model).total - sum(p.numel()//len(p)*(len(p)-k) for _,p in _experts(model))
 
-# %% ../nbs/20_models.ipynb #bd30bbf6
+# %% ../nbs/20_models.ipynb #d36304d9
 def _get(c, *names, default=0):
     "The first of the attributes `names` of configuration `c` that is there and not None"
     return next((v for n in names if (v := getattr(c, n, None)) is not None), default)
@@ -284,7 +284,7 @@ def _mixer(c, kind):
 def _ffn(c, i):
     "(dense width, experts, top_k, width of an expert, does layer `i` have a router)"
     if c.model_type in ('mamba', 'mamba2', 'falcon_mamba'): return dict(dense=0, experts=0, top_k=0, width=0)
-    experts, dense = _get(c, 'num_experts', 'num_local_experts', 'n_routed_experts'), _get(c, 'intermediate_size')
+    experts, dense = _get(c, 'num_experts', 'num_local_experts', 'n_routed_experts'), _get(c, 'intermediate_size', default=8*c.hidden_size//3)   # GPT-2's 8d², as a gate's
     width, shared = _get(c, 'moe_intermediate_size', default=dense), _get(c, 'shared_expert_intermediate_size', 'shared_intermediate_size')
     routed = experts and i>=_get(c, 'first_k_dense_replace') and i not in _get(c, 'mlp_only_layers', default=()) \
              and i%_get(c, 'expert_layer_period', default=1)==_get(c, 'expert_layer_offset')
