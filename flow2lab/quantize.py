@@ -92,7 +92,7 @@ def tag_quant(spec):
     if spec.task: before = replace(before, method=QuantMethod.QLORA)
     return tag_quant(replace(before, then=after if spec.quant else None))
 
-# %% ../nbs/40_quantize.ipynb #4d956940
+# %% ../nbs/40_quantize.ipynb #50446696
 def _plain(model):
     if hasattr(model, 'peft_config'): raise UserError('quantize: the model carries an adapter. Merge it first: merge(model).')
     if is_quantized(model): raise UserError('quantize: the model is quantized already. Start from its base, or from merge(model).')
@@ -122,7 +122,8 @@ def _quiet():
 def kept_whole(model):
     "Layers of `model` (loaded, or a folder or hub id) that no quantizer may touch: Mamba multiplies by the weight of dt_proj and never calls the layer"
     from transformers import AutoConfig
-    cfg = AutoConfig.from_pretrained(model, trust_remote_code=False) if isinstance(model, (str, Path)) else bare(model).config
+    from flow2lab.models import locate
+    cfg = AutoConfig.from_pretrained(locate(model)[0], trust_remote_code=False) if isinstance(model, (str, Path)) else bare(model).config
     return ['dt_proj'] if cfg.model_type in ('mamba', 'falcon_mamba', 'jamba') else []
 
 def _by_config(model, name, args, config):

@@ -392,7 +392,7 @@ def _damaged(folder, m, deep=False):
         p = Path(folder)/f['name']
         if not p.is_file() or p.stat().st_size!=f['bytes'] or deep and fingerprint(p, 64)!=f['sha256']: return f['name']
 
-# %% ../nbs/14_tokenize.ipynb #260810c3
+# %% ../nbs/14_tokenize.ipynb #62cd9f1e
 class Pieces:
     "Documents of a pack, kept apart: `rows[i]` is an array of tokens, `sizes` how many each predicts"
     def __init__(self, ids, index): self.ids, self.index, self.sizes = ids, index, index[:,1]-1
@@ -405,7 +405,7 @@ class Pack:
     "Packed tokens on disk: `ids` (mapped), `index` of documents or pieces (start, length), and the facts of the manifest"
     def __init__(self, folder, m, fresh=False):
         self.folder, self.manifest, self.fresh = Path(folder), m, fresh
-        for k in ('documents', 'tokens', 'efficiency', 'seq_len', 'how', 'rows_n'): setattr(self, k, m.get(k, m['rows']))
+        for k in ('documents', 'tokens', 'efficiency', 'seq_len', 'how'): setattr(self, k, m[k])
         self.ids = np.memmap(self.folder/m['files'][0]['name'], np.dtype(m['dtype']), 'r')
         self.index = np.load(self.folder/m['files'][1]['name'], mmap_mode='r')
     def rows(self, seq_len=None):
@@ -417,10 +417,12 @@ class Pack:
         if n!=self.seq_len: raise UserError(f'seq_len={n}: these documents were packed to {self.seq_len}. Pack again with --seq-len {n}.')
         return Pieces(self.ids, self.index)
     def split(self, valid=.01):
-        "(training rows, validation rows): the last `valid` of them, at least one"
+        "(training rows, validation rows), at least one: the last of a stream, every n-th piece of documents kept apart (which lie by length)"
         r = self.rows(); k = max(1, round(len(r)*valid))
         if len(r)<2: raise UserError(f'{relative(self.folder)}: one sequence cannot be split. Pack more text, or to a shorter seq_len.')
-        return r[:-k], r[-k:]
+        if self.how=='contiguous': return r[:-k], r[-k:]
+        at = np.linspace(0, len(r)-1, k).astype(int)
+        return Pieces(self.ids, np.delete(self.index, at, 0)), Pieces(self.ids, self.index[at])
     def row(self, i):
         "Row `i` for any trainer: input_ids, labels (-100 where nothing is to be predicted), position_ids, each (seq_len)"
         n = self.seq_len; ids = np.asarray(self.ids[i*n:(i+1)*n], np.int64); labels, pos = np.full(n, -100), np.zeros(n, np.int64)
