@@ -57,7 +57,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #50bf637e
+# %% ../nbs/90_cli.ipynb #32352ccb
 command = Axis('command')
 
 @command
@@ -193,8 +193,9 @@ def data(action:str,             # check, convert or inventory
     n = formats.convert(file, out, skip_bad=skip_bad); return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
 
 @command(pos=['axis'])
-def list(axis:str=''):           # task, arch, method, quantizer, backend or command; all if not given
+def list(axis:str=''):           # task, arch, method, quantizer, backend, source, rule, shape or command; all if not given
     "What there is to choose from"
+    import flow2lab.corpus                     # its axes: source, rule
     axes = [axis] if axis else [a for a in Axis.all if a!='command']
     if axis and axis not in Axis.all: raise UserError(f'unknown axis "{axis}". {nearest(axis, Axis.all)}')
     r = {a: {n: Axis.all[a].doc(n) for n in sorted(Axis.all[a])} for a in axes}
