@@ -64,12 +64,12 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #22b14bb4
+# %% ../nbs/75_study.ipynb #7afad17b
 _from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256, precision='bf16', weight_decay=.05, eval_every=50)
 PRETRAIN = dict(
     nano=AttrDict(size='nano', task='nano_text', task_args={}, train=dict(_from_nothing, tokens=600_000),
         eval=dict(nano_math=200, nano_choice=200, nano_qa=200, nano_needle=400),
-        lr=dict(transformer=1e-3, mamba=1e-3, mamba2=1e-3, moe=1e-3, hybrid=1e-3)))
+        lr=dict(transformer=1e-3, mamba=1e-3, mamba2=1e-3, moe=5e-4, hybrid=1e-3)))
 
 def pretrained_spec(arch, seed=0, scale='nano', **kw):
     "A preset of architecture `arch` trained from nothing as `scale` says"
@@ -160,7 +160,7 @@ def agreement(study, metrics, reference=None):
     for t,p in zip(tests, holm([t['p'] for t in tests]) if tests else []): t['p'] = float(p)
     return Agreement(len(tests), same, [t for t in tests if t['p']<.05], int((~there['name'].isin(here['name'])).sum()), relative(ref))
 
-# %% ../nbs/75_study.ipynb #5df3c124
+# %% ../nbs/75_study.ipynb #8dd539af
 def studies():
     "{name: notebook} of the studies that there are"
     return {p.stem: p for p in sorted(project_path('nbs', 'studies').glob('*.ipynb'))}
@@ -204,6 +204,6 @@ def run_study(name, scale='nano', jobs=0, seeds=0, results=''):
     out = results_path(study, f'{name}.ipynb')
     execute(studies()[name], out, dict(scale=scale, jobs=jobs or os.cpu_count() or 1, study=study, **(dict(seeds=seeds) if seeds else {})), show=True)
     answer = json.loads((results_path(study)/'answer.json').read_text())
-    files = sorted({relative(p) for p in results_path(study).glob('*.*')} | {relative(p) for p in results_path(study, 'plots').glob('*.*')})
+    files = sorted(relative(p) for d in (results_path(study), results_path(study, 'plots')) for p in d.glob('[!.]*.*') if p.is_file())
     return StudyResult(study, compare(load_records(results_path(study)), metric=answer['metric']), files, agreement(study, answer['metrics']), answer['findings'],
                        time.time()-t0)
