@@ -9,12 +9,12 @@ __all__ = ['STATUS', 'ITEMS', 'FORMATS', 'metric', 'run_folder', 'save', 'read_r
            'run_folders', 'find_records', 'load_records', 'training_cost', 'load_items', 'item_rows', 'load_steps',
            'summary', 'load_any', 'is_cost', 'quality_metrics', 'find_metric', 'save_benchmark']
 
-# %% ../nbs/60_records.ipynb #74755bfe
+# %% ../nbs/60_records.ipynb #c0427931
 import errno, json, math, os, re, shutil, warnings
 from functools import lru_cache
 import numpy as np, pandas as pd
 from pathlib import Path
-from .core import (Spec, UserError, atomic_dir, atomic_write, check_names, hardware, hash_of, nearest, project_path,
+from .core import (Spec, UserError, atomic_dir, atomic_write, check_names, hardware, hash_of, nearest, notes, project_path,
                            provenance, relative, results_path, setting, task, to_json, versions)
 
 # %% ../nbs/60_records.ipynb #52e237a8
@@ -51,11 +51,11 @@ def _items_table(items):
     types = dict(score=pa.float64(), seconds=pa.float64(), truncated=pa.bool_(), unparsed=pa.bool_())
     return pa.table({c: pa.array(t[c].tolist(), types.get(c, pa.string()), from_pandas=True) for c in ITEMS})
 
-# %% ../nbs/60_records.ipynb #295e85f6
+# %% ../nbs/60_records.ipynb #b3511665
 def _write_run(t, spec, record, items, steps, env, notebook):
     "Write the files of one run into the folder `t`"
     (t/'spec.json').write_text(to_json(dict(spec.to_dict(), id=spec.id, name=spec.name), 1), encoding='utf-8')
-    (t/'env.json').write_text(to_json(provenance(seed=spec.seed) if env is None else env, 1), encoding='utf-8')
+    (t/'env.json').write_text(to_json(provenance(seed=spec.seed) if env is None else {**env, **notes}, 1)   # notes: what was learned on the way, encoding='utf-8')
     if items is not None:
         import pyarrow.parquet as pq
         pq.write_table(_items_table(items), t/'items.parquet', compression='zstd')

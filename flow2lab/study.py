@@ -6,16 +6,16 @@ Docs: https://flow2lab.github.io/flow2lab/study.html.md"""
 
 # %% auto #0
 __all__ = ['SCALES', 'PRETRAIN', 'COSTS', 'scale_of', 'base_spec', 'trained_spec', 'quantized_spec', 'in_domain', 'out_of_domain',
-           'pretrained_spec', 'Finding', 'finding', 'curves', 'loss_at', 'findings_table', 'Agreement', 'agreement',
-           'studies', 'study_folder', 'StudyResult', 'save_answer', 'run_study']
+           'with_text', 'pretrained_spec', 'Finding', 'finding', 'curves', 'loss_at', 'findings_table', 'Agreement',
+           'agreement', 'studies', 'study_folder', 'StudyResult', 'save_answer', 'run_study']
 
-# %% ../nbs/75_study.ipynb #31a81b81
+# %% ../nbs/75_study.ipynb #b8e1fd74
 import json, os, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict, patch
-from .core import (Spec, UserError, atomic_write, check_names, hardware, nearest, project_path, relative, results_path, setting, to_json)
+from .core import (Spec, UserError, atomic_write, check_names, find_data, hardware, nearest, project_path, relative, results_path, setting, to_json)
 from .records import load_items, load_records, load_steps, run_folders, summary
 from .stats import compare, fmt, fmt_diff, holm, paired_diff, t_quantile
 
@@ -64,16 +64,34 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #7afad17b
+# %% ../nbs/75_study.ipynb #2d561aee
 _from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256, precision='bf16', weight_decay=.05, eval_every=50)
+_real = dict(_from_nothing, loss_on='all', eval_every=25)
+_rates = dict(transformer=1e-3, mamba=1e-3, mamba2=1e-3, moe=5e-4, hybrid=1e-3)
 PRETRAIN = dict(
     nano=AttrDict(size='nano', task='nano_text', task_args={}, train=dict(_from_nothing, tokens=600_000),
-        eval=dict(nano_math=200, nano_choice=200, nano_qa=200, nano_needle=400),
-        lr=dict(transformer=1e-3, mamba=1e-3, mamba2=1e-3, moe=5e-4, hybrid=1e-3)))
+        eval=dict(nano_math=200, nano_choice=200, nano_qa=200, nano_needle=400), lr=_rates),
+    small=AttrDict(size='nano', task='text', train=dict(_real, tokens=1_000_000, batch_tokens=2048, seq_len=512),
+        corpus=['webtext/wiki_demo.txt', 'webtext/c4_demo.jsonl', 'gutenberg/moby-dick-2701-0.txt', 'tinyshakespeare/input.txt'], limit=0, vocab=2048,
+        eval=dict(perplexity=dict(path='wikitext2/valid.txt', n=20, window=512)), lr=_rates),
+    full=AttrDict(size='small', task='text', train=dict(_real, tokens=2_500_000_000, batch_tokens=2**19, micro_tokens=2**15, seq_len=1024),
+        corpus=['fineweb_edu'], limit=4_000_000, vocab=32_000, eval=dict(perplexity=dict(subset='wikitext-103-raw-v1', window=1024)),
+        lr={a: r/2 for a,r in _rates.items()}))
 
-def pretrained_spec(arch, seed=0, scale='nano', **kw):
-    "A preset of architecture `arch` trained from nothing as `scale` says"
-    p = PRETRAIN[scale]; train = {**p.train, 'lr': p.lr[arch], **kw.pop('train', {})}
+def with_text(p, name):     # p: of PRETRAIN
+    "`p` with its corpus cleaned, a tokenizer of its own and packed sequences in data/outputs/`name`; what is there already is not done again"
+    if 'corpus' not in p: return p
+    from flow2lab.corpus import prepare
+    from flow2lab.tokenize import make_tokenizer, pack_corpus
+    out = project_path('data', 'outputs', name)
+    prepare([str(find_data(c)) if '/' in c else c for c in p.corpus], out/'corpus', limit=p.limit)
+    tok = make_tokenizer(out/'corpus', out/'tokenizer', vocab=p.vocab, context=p.train['seq_len'])
+    pack_corpus(out/'corpus', tok, out/'pack', seq_len=p.train['seq_len'])
+    return AttrDict(p, task_args=dict(path=relative(out/'pack'), tokenizer=relative(out/'tokenizer')))
+
+def pretrained_spec(arch, seed=0, p='nano', **kw):
+    "A preset of architecture `arch` trained from nothing as `p` says, a scale or what `with_text` made of one"
+    p = PRETRAIN[p] if isinstance(p, str) else p; train = {**p.train, 'lr': p.lr[arch], **kw.pop('train', {})}
     return Spec(**{**dict(base=f'{arch}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full', eval=p.eval, train=train, seed=seed), **kw})
 
 # %% ../nbs/75_study.ipynb #64d7efd8
