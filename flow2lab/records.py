@@ -51,11 +51,11 @@ def _items_table(items):
     types = dict(score=pa.float64(), seconds=pa.float64(), truncated=pa.bool_(), unparsed=pa.bool_())
     return pa.table({c: pa.array(t[c].tolist(), types.get(c, pa.string()), from_pandas=True) for c in ITEMS})
 
-# %% ../nbs/60_records.ipynb #b3511665
+# %% ../nbs/60_records.ipynb #dd38b4f5
 def _write_run(t, spec, record, items, steps, env, notebook):
     "Write the files of one run into the folder `t`"
     (t/'spec.json').write_text(to_json(dict(spec.to_dict(), id=spec.id, name=spec.name), 1), encoding='utf-8')
-    (t/'env.json').write_text(to_json(provenance(seed=spec.seed) if env is None else {**env, **notes}, 1)   # notes: what was learned on the way, encoding='utf-8')
+    (t/'env.json').write_text(to_json(provenance(seed=spec.seed) if env is None else {**env, **notes}, 1), encoding='utf-8')
     if items is not None:
         import pyarrow.parquet as pq
         pq.write_table(_items_table(items), t/'items.parquet', compression='zstd')
