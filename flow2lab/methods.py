@@ -426,7 +426,7 @@ model = load_adapter({load}, 'this/folder', load_tokenizer({base!r}))   # checks
 or `peft.PeftModel.from_pretrained(base, 'this/folder')`, which does not check.
 '''
 
-# %% ../nbs/30_methods.ipynb #17668829
+# %% ../nbs/30_methods.ipynb #bc0e3ef2
 def save_adapter(model, folder, spec,
                  metrics=None,          # {name: {value, ci95, n, unit}} for the card
                  tok=None,              # Its hash goes with the adapter
@@ -440,7 +440,7 @@ def save_adapter(model, folder, spec,
                 trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), certificate=certificate or {}, data=data, spec=spec.to_dict())
     with atomic_dir(folder) as d:
         model.peft_config['default'].base_model_name_or_path = base
-        model.save_pretrained(d)
+        model.save_pretrained(d, save_embedding_layers=False)       # 'auto' asks the hub about the base's vocabulary
         (d/'flow2lab.json').write_text(to_json(info, indent=1)+'\n', encoding='utf-8')
         (d/'README.md').write_text(adapter_card(spec, info, metrics or {}, license), encoding='utf-8')
     return Path(folder)

@@ -295,7 +295,7 @@ def dense(model):
     new.load_state_dict(sd); new.tie_weights()
     return new.eval()
 
-# %% ../nbs/40_quantize.ipynb #699f271a
+# %% ../nbs/40_quantize.ipynb #62f68656
 def _rel(a, b): return ((a-b).norm()/b.norm()).item()
 
 def _probe(model):
@@ -338,8 +338,9 @@ def merge(model,             # With an adapter, on any base; or quantized, to be
     if cfg.is_prompt_learning: raise UserError('merge: a learned prompt cannot be merged into weights; keep the adapter')
     if hasattr(cfg, 'init_lora_weights'): cfg.init_lora_weights = True              # PiSSA's residual is in the base already
     beside = get_peft_model(dense(model), cfg)
-    state = get_peft_model_state_dict(model); set_peft_model_state_dict(beside, state)
-    _same_adapter(state, get_peft_model_state_dict(beside), adapted_layers(model), adapted_layers(beside))
+    tensors = lambda m: get_peft_model_state_dict(m, save_embedding_layers=False)    # 'auto' asks the hub about the base's vocabulary
+    state = tensors(model); set_peft_model_state_dict(beside, state)
+    _same_adapter(state, tensors(beside), adapted_layers(model), adapted_layers(beside))
     want = _exactly(beside.eval())
     if (off := _rel(want, _probe(model))) > like: raise CertificateError(f'merge: the adapter on the dequantized base differs by {off:.2g} from the model')
     merged = beside.merge_and_unload(safe_merge=True).to(pick_dtype(dtype)).eval(); exact = exact or (1e-6 if dtype=='fp32' else 1e-2)
@@ -459,7 +460,7 @@ def open_model(where,              # Shipped name, folder (full, quantized, adap
     if 'quantizer' in folder_info(f): return load_quantized(f, device), load_tokenizer(f)
     return load_model(f, dtype=dtype, device=device), load_tokenizer(f)
 
-# %% ../nbs/40_quantize.ipynb #64ac3b3c
+# %% ../nbs/40_quantize.ipynb #1f289a57
 def merge_adapter(adapter,          # Folder of an adapter, or of the run that trained it
                   base_dtype='',    # fp32 or bf16; '' for fp32, and for a base that was quantized to quantize the result again
                   out='',           # Folder to write; beside the adapter's own in the outputs if not given
@@ -472,7 +473,7 @@ def merge_adapter(adapter,          # Folder of an adapter, or of the run that t
     name = f.parent.name if f.name=='adapter' else f.name
     to = Path(out).expanduser() if out else project_path(setting('outputs'), f'{name}-merged')
     if to.exists() and not (to/'merge.json').is_file(): raise UserError(f'{out}: exists and is no merge of ours. Choose another folder with --out.')
-    with _quiet(): model, tok, s = open_adapter(f, 'fp32' if not folder_info(f)['spec'].get('base_quant') else 'auto', base)
+    with _quiet(): model, tok, s = open_adapter(f, 'auto' if folder_info(f).get('spec', {}).get('base_quant') else 'fp32', base)
     again = s.base_quant if not base_dtype else ''
     if again and not quantizer[again].saves: raise UserError(f'{again}: has no file format to quantize into again. Give --base-dtype fp32 or bf16.')
     try: merged = merge(model, base_dtype or 'fp32')
