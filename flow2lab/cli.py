@@ -7,7 +7,7 @@ Docs: https://flow2lab.github.io/flow2lab/cli.html.md"""
 # %% auto #0
 __all__ = ['command', 'parse_value', 'parse_items', 'parse_fields', 'parse_spec', 'check_spec', 'run', 'recorded', 'study',
            'compare', 'score', 'eval', 'bench', 'chat', 'serve', 'merge', 'data', 'list', 'estimate', 'corpus',
-           'tokenizer', 'pack', 'pretrain', 'sft', 'dpo', 'held_items', 'trained_together', 'action_of',
+           'tokenizer', 'pack', 'pretrain', 'sft', 'dpo', 'check_rows', 'held_items', 'trained_together', 'action_of',
            'known_tokenizers', 'weighted', 'inventory_text', 'Result', 'stdout_to_stderr', 'overview', 'main']
 
 # %% ../nbs/90_cli.ipynb #1c6dd761
@@ -57,7 +57,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #32352ccb
+# %% ../nbs/90_cli.ipynb #7434aca8
 command = Axis('command')
 
 @command
@@ -324,13 +324,20 @@ def dpo(*changes:str,              # Fields of the Spec as key=value, e.g. train
     check_loss(beta, loss)
     return trained_together(dpo_spec(base_of(base), data, task, method, beta, loss, held_items(task, data, items), seed), changes, processes, study, force)
 
+def check_rows(s):
+    "Read the rows of a file now: a mistake in the last one should not cost a run"
+    from flow2lab.core import task
+    a = s.task_args
+    if a.get('path') and not a.get('stream') and not hasattr(task[s.task], 'tokenizer'): task[s.task].load(**{'split': 'train', **a})
+    return s
+
 def held_items(task, data, items): return {task: dict(n=items, **(dict(path=data) if data else {}))} if items else {}
 
 def trained_together(s, changes, processes, study, force):
     "The record of Spec `s` with `changes`, trained by several processes if asked"
     from flow2lab.core import output_path
     from flow2lab.scratch import train_in_processes
-    s = check_spec(s.but(**parse_fields(changes)))
+    s = check_rows(check_spec(s.but(**parse_fields(changes))))
     if processes<1: raise UserError(f'processes={processes}: give 1 or more.')
     if processes>1 and (force or not results_path(study, f'{s.name}--{s.id}').exists()):
         if isinstance(s.base, Spec): recorded(s.base, study)

@@ -37,7 +37,7 @@ def runs(d): return {p.parent.name: p.stat().st_mtime_ns for p in (d/'results').
 def test_stages_by_command(made):
     d = made
     one, r1 = ok(*pretrain(d), where=d)
-    assert {'train/mfu', 'train/val_bits_per_byte', 'samples/repetition'} <= set(one['metrics'])
+    assert {'train/mfu', 'train/val_bits_per_byte', 'samples/words'} <= set(one['metrics'])
     two, r2 = ok('sft', '--base', one['id'][:10], '--task', 'nano_talk', '--template', 'alpaca', '--items', 10, 'task_args.n=60', where=d)
     three, r3 = ok('dpo', '--base', two['id'], '--task', 'nano_preference', '--items', 20, 'task_args.n=40', where=d)
     assert three['name'].endswith('nano_preference_DPO_LoRa8_NoQuant') and 0<=three['metrics']['nano_preference/accuracy']['value']<=1
