@@ -173,7 +173,7 @@ def fit_preferences(model, tok, rows, spec, *args, beta=.1, loss='sigmoid', **kw
     try: return fit(model, tok, rows, spec, *args, objective=Preferences(beta, loss), **kw)
     finally: train._base(model).__dict__.pop('forward', None)           # TRL's fused output layer is not for evaluation
 
-# %% ../nbs/32_preference.ipynb #ebc0547e
+# %% ../nbs/32_preference.ipynb #1aa98a55
 def _objective(data, spec):
     a = spec.task_args
     return Preferences(a.get('beta', .1), a.get('loss', 'sigmoid')) if data.objective=='preference' else train.Labels()
@@ -182,7 +182,7 @@ def learn(model, tok, data, spec, **kw):   # data: `tasks.TrainingData`
     "Train as the data asks: on labels, on packed text (with its cost told), or on preferences. A `TrainResult`"
     valid = data.valid if len(data.valid) else None
     if data.objective=='preference': return fit_preferences(model, tok, data.train, spec, valid=valid, **_args_of(spec), **kw)
-    tell = train.cost_teller(model, spec, data.bytes_per_token) if data.bytes_per_token else None
+    tell = train.cost_teller(model, spec, data.bytes_per_token) if data.bytes_per_token or spec.train.loss_on=='all' else None
     return fit(model, tok, data.train, spec, valid=valid, tell=tell, **kw)
 
 def _args_of(spec): return {k: spec.task_args[k] for k in ('beta', 'loss') if k in spec.task_args}
