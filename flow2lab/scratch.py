@@ -100,16 +100,18 @@ def dpo_spec(base, data='', task='preference', method='lora', beta=.1, loss='sig
     "The Spec that teaches `base` which of two answers is preferred"
     return _tuned(base, data, task, method, DPO_LR, train, eval, seed, {**dict(beta=beta), **({'loss': loss} if loss!='sigmoid' else {}), **task_args})
 
-# %% ../nbs/77_scratch.ipynb #ac66a9d0
+# %% ../nbs/77_scratch.ipynb #11ff4d78
 def base_of(name):
     "The Spec of a run (its folder, its name or the beginning of its id), else `name` as it is, for a model by name or folder"
     p = Path(str(name)).expanduser()
-    if (p/'spec.json').exists(): return Spec.from_dict(json.loads((p/'spec.json').read_text()))
+    if (p/'spec.json').exists(): return _read_spec(p/'spec.json')
     if base_folder(name) or p.exists(): return str(name)
     there = sorted(results_path().glob('*/*--*/spec.json')) if results_path().exists() else []
     found = {f.parent.name: f for f in there if str(name)==f.parent.name.rpartition('--')[0] or len(str(name))>5 and f.parent.name.rpartition('--')[2].startswith(str(name))}
     if len(found)>1: raise UserError(f'{name}: {len(found)} runs could be meant: {", ".join(found)}. Give more of the id.')
-    return Spec.from_dict(json.loads(next(iter(found.values())).read_text())) if found else str(name)
+    return _read_spec(next(iter(found.values()))) if found else str(name)
+
+def _read_spec(f): return Spec.from_dict({k: v for k,v in json.loads(f.read_text()).items() if k in Spec.__dataclass_fields__})     # a record's has the id beside
 
 # %% ../nbs/77_scratch.ipynb #d61d2cf3
 def train_in_processes(spec, processes, extra=()):
