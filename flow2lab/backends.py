@@ -72,7 +72,7 @@ def _torch(x):
     import torch
     return torch.from_numpy(np.ascontiguousarray(x))
 
-# %% ../nbs/52_backends.ipynb #d6094e3e
+# %% ../nbs/52_backends.ipynb #28a7187b
 def _needs(package, extra):
     if importlib.util.find_spec(package) is None: raise UserError(f'backend {extra}: the package {package} is missing. Install it: pip install "flow2lab[{extra}]".')
 
@@ -96,6 +96,7 @@ class mlx(Sequential):
         self.model, cfg = load_model(Path(model))
         want = dict(fp32=mx.float32, bf16=mx.bfloat16, fp16=mx.float16).get(dtype, mx.float32 if mx.default_device()==mx.cpu else None)
         if want is not None: self.model.set_dtype(want)
+        mx.eval(self.model.parameters())      # here and now: another thread could not finish what this one left lazy
         self.setup(tok, cfg.get('max_position_embeddings') or tok.model_max_length, end_ids(_says_ends(model), tok)); self.forget(0)
     @classmethod
     def load(cls, base, dtype='auto', **kw):
