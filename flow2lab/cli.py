@@ -57,7 +57,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #7434aca8
+# %% ../nbs/90_cli.ipynb #24089f10
 command = Axis('command')
 
 @command
@@ -325,9 +325,11 @@ def dpo(*changes:str,              # Fields of the Spec as key=value, e.g. train
     return trained_together(dpo_spec(base_of(base), data, task, method, beta, loss, held_items(task, data, items), seed), changes, processes, study, force)
 
 def check_rows(s):
-    "Read the rows of a file now: a mistake in the last one should not cost a run"
-    from flow2lab.core import task
+    "Look at the template and read the rows of a file now: a mistake in the last one should not cost a run"
+    from flow2lab.core import check_names, task
+    from flow2lab.stages import TEMPLATES
     a = s.task_args
+    check_names('template', filter(None, [a.get('template')]), TEMPLATES)
     if a.get('path') and not a.get('stream') and not hasattr(task[s.task], 'tokenizer'): task[s.task].load(**{'split': 'train', **a})
     return s
 

@@ -6,12 +6,12 @@ Docs: https://flow2lab.github.io/flow2lab/models.html.md"""
 
 # %% auto #0
 __all__ = ['published', 'of_depth', 'transformer', 'mamba', 'mamba2', 'moe', 'check_pattern', 'hybrid', 'preset', 'hub_reachable',
-           'locate', 'pick_device', 'pick_dtype', 'load_tokenizer', 'load_model', 'forget_gguf', 'meta_model',
-           'count_params', 'active_params', 'layers_of', 'kv_bytes_per_token', 'state_bytes', 'cache_bytes',
-           'flops_per_token', 'published_config', 'memory_row', 'estimate_memory', 'PeakMemory']
+           'locate', 'pick_device', 'pick_dtype', 'load_tokenizer', 'first_steps', 'load_model', 'forget_gguf',
+           'meta_model', 'count_params', 'active_params', 'layers_of', 'kv_bytes_per_token', 'state_bytes',
+           'cache_bytes', 'flops_per_token', 'published_config', 'memory_row', 'estimate_memory', 'PeakMemory']
 
-# %% ../nbs/20_models.ipynb #4b66aeac
-import contextlib, functools, json, os, re, socket, threading, time
+# %% ../nbs/20_models.ipynb #be0783af
+import contextlib, functools, json, math, os, re, socket, threading, time
 from pathlib import Path
 from urllib.parse import urlparse
 from fastcore.basics import AttrDict
@@ -88,7 +88,7 @@ def moe(size:str='nano',     # One of `moe.sizes`
     return Qwen3MoeConfig(moe_intermediate_size=s.ffn//parts, intermediate_size=s.ffn, num_experts=e, num_experts_per_tok=k, norm_topk_prob=True,
                           head_dim=s.d//s.heads, rope_theta=10_000., **_common(s, vocab), **_heads(s, context))
 
-# %% ../nbs/20_models.ipynb #418e473b
+# %% ../nbs/20_models.ipynb #98ce4631
 def check_pattern(pattern):
     "Raise `UserError` unless `pattern` says what each layer is: M for Mamba-2, A for attention, at least one A"
     if (bad := next((c for c in pattern if c not in 'MA'), '')):
@@ -115,7 +115,8 @@ def hybrid(size:str='nano', # One of `hybrid.sizes`
     s.layers = n
     return GraniteMoeHybridConfig(shared_intermediate_size=ffn, num_local_experts=0, num_experts_per_tok=0, attention_multiplier=c**-0.5,
         layer_types=['full_attention' if l=='A' else 'linear_attention' for l in pattern], position_embedding_type='rope',
-        mamba_n_heads=h, mamba_d_head=s.head, mamba_d_state=N, mamba_n_groups=1, mamba_chunk_size=64, **_common(s, vocab), **_heads(s, context))
+        mamba_n_heads=h, mamba_d_head=s.head, mamba_d_state=N, mamba_n_groups=1, mamba_chunk_size=64, initializer_range=d**-.5,
+        **_common(s, vocab), **_heads(s, context))
 
 def preset(base:str):
     "The function and size behind `transformer-nano`, `hybrid-nano-AMMA` or `moe-nano-total`; None for a name that is no preset's"
@@ -167,7 +168,7 @@ def locate(base):
     _from_hub(str(base))
     return str(base), {}
 
-# %% ../nbs/20_models.ipynb #3822bd36
+# %% ../nbs/20_models.ipynb #27dba784
 def pick_device(device='auto'):
     import torch
     if device!='auto': return device
@@ -189,6 +190,17 @@ def load_tokenizer(base):
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
+def first_steps(model, low=.001, high=.1):
+    """Draw the first step sizes of Mamba-2 blocks from `low` to `high` (arXiv:2312.00752, section 3.6) where all are the same.
+    transformers' hybrids start at softplus(1) = 1.3, a memory of one token; it makes no difference to pretrained weights"""
+    import torch
+    for m in model.modules():
+        b = getattr(m, 'dt_bias', None)
+        if not isinstance(b, torch.nn.Parameter) or b.is_meta or (b!=b.flatten()[0]).any(): continue
+        dt = torch.exp(torch.empty_like(b, dtype=torch.float32).uniform_(math.log(low), math.log(high)))
+        with torch.no_grad(): b.copy_(dt + torch.log(-torch.expm1(-dt)))           # the inverse of softplus
+    return model
+
 def _check_safe(where, base):
     if os.path.isdir(where) and not list(Path(where).glob('*.safetensors')):
         bad = [f.name for f in Path(where).iterdir() if f.suffix in ('.bin', '.pt', '.pth', '.ckpt')]
@@ -207,7 +219,8 @@ def load_model(base,               # Shipped name, folder, GGUF file, hub id or 
     device = pick_device(device); dtype = pick_dtype(dtype, device)
     if not base_folder(base) and (a := preset(base)):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(a[0](a[1], **(dict(vocab=vocab) if vocab else {})), dtype=dtype).to(device).eval()
+        m = AutoModelForCausalLM.from_config(a[0](a[1], **(dict(vocab=vocab) if vocab else {})), dtype=dtype)
+        return first_steps(m).to(device).eval()
     where, g = locate(base)
     if not g: _check_safe(where, base); g = dict(use_safetensors=True)
     if kw.get('quantization_config') is not None: kw.setdefault('device_map', {'': device})
