@@ -16,10 +16,6 @@ def ok(*args, **kw):
     assert r.returncode==0, r.stderr[-1500:]
     return json.loads(r.stdout), r
 
-def refused(*args, says, **kw):
-    r = cli(*args, **kw)
-    assert r.returncode==2 and 'Traceback' not in r.stderr and says in r.stderr, (r.returncode, r.stderr[-800:])
-
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "A folder with a pack, a tokenizer and another one"
@@ -47,9 +43,8 @@ def test_stages_by_command(made):
     tok = json.loads(next((d/'outputs').glob(f'*{two["id"]}/last/tokenizer_config.json')).read_text())
     assert 'chat_template' not in tok or '### Response' in tok['chat_template'] or (next((d/'outputs').glob(f'*{two["id"]}/last/chat_template.jinja'))).read_text()
     before = runs(d); assert len(before)==3
-    again, _ = ok('dpo', '--base', two['id'], '--task', 'nano_preference', '--items', 20, 'task_args.n=40', where=d)      # there already
     other, _ = ok('dpo', '--base', two['id'], '--task', 'nano_preference', '--items', 20, 'task_args.n=40', '--beta', .3, where=d)
-    assert again['id']==three['id']!=other['id'] and {k: v for k,v in runs(d).items() if k in before}==before and len(runs(d))==4
+    assert three['id']!=other['id'] and {k: v for k,v in runs(d).items() if k in before}==before and len(runs(d))==4
     said = ' '.join(r.stdout+r.stderr for r in (r1, r2, r3))
     files = [f for f in d.rglob('*') if f.is_file()]
     assert len(files)>20 and CANARY not in said and not any(CANARY.encode() in f.read_bytes() for f in files)
@@ -62,17 +57,23 @@ def test_two_processes_are_one(made, tmp_path):
     assert one['id']==two['id'] and len(a)==len(b)>=5
     assert max(abs(x['loss']-y['loss']) for x,y in zip(a, b))<1e-5 and max(abs(x.get('val_loss', 0)-y.get('val_loss', 0)) for x,y in zip(a, b))<1e-5
 
-def test_mistakes(made, tmp_path):
+def test_mistakes(made, tmp_path, monkeypatch, capsys):
+    "In this process: nothing is trained, so nothing may be imported twice"
+    from flow2lab.cli import main
+    monkeypatch.setenv('FLOW2LAB_RESULTS', str(tmp_path/'results')); monkeypatch.setenv('FLOW2LAB_OUTPUTS', str(tmp_path/'outputs'))
+    def refused(*args, says):
+        rc, err = main(map(str, args)), capsys.readouterr().err
+        assert rc==2 and says in err, (rc, err)
     d, p = made, lambda **kw: [x for k,v in {**dict(pack=made/'pack', tokenizer=made/'tok', size='micro'), **kw}.items() for x in (f'--{k}', v)]
-    refused('pretrain', *p(tokenizer=d/'other'), says='packed with another tokenizer', where=tmp_path)
-    refused('pretrain', *p(ratio=0), says='trains nothing', where=tmp_path)
-    refused('pretrain', *p(tokens=-5), says='trains nothing', where=tmp_path)
-    refused('pretrain', *p(size='tinny'), says='no preset', where=tmp_path)
-    refused('pretrain', *p(pack=tmp_path/'none'), says='none', where=tmp_path)
+    refused('pretrain', *p(tokenizer=d/'other'), says='packed with another tokenizer')
+    refused('pretrain', *p(ratio=0), says='trains nothing')
+    refused('pretrain', *p(tokens=-5), says='trains nothing')
+    refused('pretrain', *p(size='tinny'), says='no preset')
+    refused('pretrain', *p(pack=tmp_path/'none'), says='none')
     same = tmp_path/'same.jsonl'; same.write_text(json.dumps(dict(prompt='a?', chosen='b', rejected='c'))+'\n'+json.dumps(dict(prompt='a?', chosen='b', rejected='b'))+'\n')
-    refused('dpo', '--base', 'micro', '--data', same, says='same.jsonl:2', where=tmp_path)
-    refused('dpo', '--base', 'micro', '--task', 'nano_preference', '--beta', 0, says='beta=0', where=tmp_path)
+    refused('dpo', '--base', 'micro', '--data', same, says='same.jsonl:2')
+    refused('dpo', '--base', 'micro', '--task', 'nano_preference', '--beta', 0, says='beta=0')
     empty = tmp_path/'empty.jsonl'; empty.write_text(json.dumps(dict(instruction='Say.', output=''))+'\n')
-    refused('sft', '--base', 'micro', '--data', empty, says='empty.jsonl:1', where=tmp_path)
-    refused('sft', '--base', 'micro', '--task', 'nano_talk', '--template', 'alpacca', says='Did you mean "alpaca"', where=tmp_path)
+    refused('sft', '--base', 'micro', '--data', empty, says='empty.jsonl:1')
+    refused('sft', '--base', 'micro', '--task', 'nano_talk', '--template', 'alpacca', says='Did you mean "alpaca"')
     assert not list(tmp_path.glob('results/*/*/metrics.json')) and not list(tmp_path.glob('outputs/*'))
