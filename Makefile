@@ -60,6 +60,7 @@ readme: .venv/.done  ## Make README.md from nbs/index.ipynb
 
 outputs: .venv/.done ## Run library and lab notebooks and keep what they show
 	$(BIN)/nbdev-test nbs --file-re '^[0-9]' --save
+	$(BIN)/nbdev-test nbs/labs --save
 	$(BIN)/nbdev-clean
 
 clean-notebooks: .venv/.done  ## Export the modules and strip what notebooks should not carry
