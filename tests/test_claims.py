@@ -17,6 +17,20 @@ def test_readme_tables_are_the_reference_records():
         for line in str(compare(df, metric=in_domain(s), baseline=base_spec(s).name if scale=='nano' else None)).splitlines():
             assert line.strip() in text, f'README lacks: {line}'
 
+def test_readme_speeds_are_the_reference_records():
+    text, n = (ROOT/'README.md').read_text(), 0
+    for p in sorted((REF/'benchmarks').glob('*.json')):
+        for r in json.loads(p.read_text()):
+            if not r.get('ratio') or 'peer_name' not in r: continue
+            line = f'{r["ratio"]:7.2f} x  {r["work"]}: {r["ours"]:,g} against {r["peer"]:,g} {r["unit"]} ({r["peer_name"]})'; n += 1
+            assert line.strip() in text, f'README lacks: {line}'
+            assert r['hardware'] and r['versions'], p
+    assert n>=8
+
+def test_readme_findings_on_architectures_are_the_records():
+    text = (ROOT/'README.md').read_text()
+    for f in json.loads((REF/'architectures'/'answer.json').read_text())['findings']: assert f'{f["verdict"]:10} {f["claim"]}:' in text
+
 @pytest.mark.parametrize('study', STUDIES)
 def test_findings_follow_from_the_records(study):
     from flow2lab.records import load_records
