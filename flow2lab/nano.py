@@ -9,10 +9,10 @@ __all__ = ['NAMES', 'TOWNS', 'FOODS', 'PETS', 'THINGS', 'FACTS', 'VERSION', 'LEN
            'sum_of', 'generated', 'Generated', 'math_row', 'nano_math', 'choice_row', 'nano_choice', 'qa_row',
            'nano_qa', 'needle_row', 'nano_needle', 'pretraining_rows', 'row_text', 'nano_text']
 
-# %% ../nbs/13_nano.ipynb #71d72045
+# %% ../nbs/13_nano.ipynb #6d536085
 import random
 from .core import UserError, check_names, hash_of, task
-from .tasks import Task, TrainingData, arc, gsm8k, squad_v2
+from .tasks import Task, TrainingData, arc, contamination, gsm8k, squad_v2
 
 # %% ../nbs/13_nano.ipynb #f60873fa
 NAMES  = 'Ada Ben Cleo Dan Eva Finn Gia Hugo Ivy Jack Kira Leo Mia Noah Olga Paul Rosa Sam Tess Yuri'.split()
@@ -203,7 +203,7 @@ def row_text(row):
     "A document of `pretraining_rows` as plain text"
     return row.get('given', '') + row['text'] if 'text' in row else '\n'.join([*(m['content'] for m in row['messages']), row['answer']])
 
-# %% ../nbs/13_nano.ipynb #b950727c
+# %% ../nbs/13_nano.ipynb #d6eb3892
 @task
 class nano_text(Task):
     "Generated documents to pretrain a preset on, with needles among them"
@@ -233,9 +233,12 @@ class nano_text(Task):
         from flow2lab.quantize import tokenizer_of
         from flow2lab.train import encode
         tok, a = tokenizer_of(spec), cls.resolve(spec.task_args); n = a['n'] or int(spec.train.tokens/35)+1000
-        def samples(n, seed):
-            rows = list(cls.documents(n, seed, a['needles'], a['mix'])); given = [i for i,r in enumerate(rows) if 'given' in r]
+        docs = lambda n, seed: list(cls.documents(n, seed, a['needles'], a['mix']))
+        def encoded(rows):
+            given = [i for i,r in enumerate(rows) if 'given' in r]
             ids = [tok([rows[i][k] for i in given], add_special_tokens=False).input_ids if given else [] for k in ('given', 'text')]
             for i,g,t in zip(given, *ids): rows[i] = dict(input_ids=[*g, *t, tok.eos_token_id], labels=[-100]*len(g) + [*t, tok.eos_token_id])
             return encode(rows, tok, seq_len=spec.train.seq_len, loss_on='answer')
-        return TrainingData(samples(n, 2*a['seed']), samples(400, 2*a['seed']+1))
+        rows = docs(n, 2*a['seed']); asked = [r for r in rows if 'messages' in r]
+        found = {name: contamination(asked, task[name].load(**kw), None, task[name]) for name,kw in spec.eval.items()}
+        return TrainingData(encoded(rows), encoded(docs(400, 2*a['seed']+1)), found)

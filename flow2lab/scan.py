@@ -133,11 +133,13 @@ def selective_scan(x,            # (b, l, d) input
     if not x.shape[1]: return x.clone(), h0
     return _Scan.apply(kernel or best_kernel(x, A), x, dt, A, B, C, h0, reset)
 
-# %% ../nbs/21_scan.ipynb #1704f8a7
+# %% ../nbs/21_scan.ipynb #bb8f2a96
 def best_kernel(x, A):
-    "The fastest kernel that takes these tensors"
-    k = compiled()
-    return k if k and k.takes(x, A) else TorchScan()
+    "The fastest kernel that takes these tensors; the provenance says which"
+    k, why_not = compiled() if x.device.type=='cpu' else (None, '')
+    if not k or not k.takes(x, A): k = TorchScan()
+    notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
+    return k
 
 # %% ../nbs/21_scan.ipynb #cf7c43ea
 _cpp = r'''
@@ -233,7 +235,7 @@ extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
 EXPORT(float, f32) EXPORT(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #1d21a47c
+# %% ../nbs/21_scan.ipynb #60fe6c40
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -299,13 +301,10 @@ class CppScan:
 
 @lru_cache
 def compiled():
-    "The compiled kernel, or None where it cannot be built; `FLOW2LAB_SCAN=torch` switches it off"
-    try:
-        if os.environ.get('FLOW2LAB_SCAN')=='torch': raise OSError('switched off by FLOW2LAB_SCAN=torch')
-        k = CppScan(build(_cpp)); notes['scan'] = k.name
-    except (OSError, subprocess.SubprocessError, AttributeError) as e:
-        k = None; notes['scan'] = f'torch ({str(e).splitlines()[0][:200]})'
-    return k
+    "(the compiled kernel, '') or (None, why it cannot be built); `FLOW2LAB_SCAN=torch` switches it off"
+    if os.environ.get('FLOW2LAB_SCAN')=='torch': return None, 'switched off by FLOW2LAB_SCAN=torch'
+    try: return CppScan(build(_cpp)), ''
+    except (OSError, subprocess.SubprocessError, AttributeError) as e: return None, str(e).splitlines()[0][:200]
 
 # %% ../nbs/21_scan.ipynb #74a156b3
 class _Decays(torch.autograd.Function):
@@ -442,13 +441,12 @@ def mamba_blocks(model):
     "The modules of `model` that call a scan of transformers, by name"
     return {n: m for n,m in model.named_modules() if _scans & set(getattr(inspect.unwrap(type(m).forward), '__code__', _Scan.forward.__code__).co_names)}
 
-# %% ../nbs/21_scan.ipynb #1ea30b27
+# %% ../nbs/21_scan.ipynb #4f8a3421
 class fast_scan:
     "Replace the slow scans in `model`; as a `with` block they are put back at its end, otherwise by `.undo()`"
     def __init__(self, model, quiet=False):   # quiet: say nothing of a model without Mamba blocks
         self.reset = self.h0 = None; self.undos, self.left = [], {}
         blocks = mamba_blocks(model); ours = _replacements(self)
-        self.kernel = notes['scan'] if blocks and compiled() else notes.get('scan', '')
         for name,m in blocks.items():
             why = self._why_not(m)
             if why: self.left[name] = why
@@ -481,7 +479,7 @@ class fast_scan:
         while self.undos: self.undos.pop()()
     def __enter__(self): return self
     def __exit__(self, *a): self.undo()
-    def __repr__(self): return f'fast_scan({self.replaced} blocks, {self.kernel}{"".join(f"; {k}: {v}" for k,v in self.left.items())})'
+    def __repr__(self): return f'fast_scan({self.replaced} blocks{"".join(f"; {k}: {v}" for k,v in self.left.items())})'
 
 def _held(cache, layer):
     "The recurrent state that `cache` holds for `layer`, or None"

@@ -815,7 +815,7 @@ def with_and_without(t, rows, scores, flagged):
     clean = [s for r,s in zip(rows, scores) if r['id'] not in set(flagged)]
     return dict(all=t.aggregate(scores), clean=t.aggregate(clean) if clean else {}, flagged=len(scores)-len(clean))
 
-# %% ../nbs/11_tasks.ipynb #30cb89f9
+# %% ../nbs/11_tasks.ipynb #a9fd0e3f
 @dataclass
 class TrainingData:
     "Rows to train on, rows for the validation loss, and the evaluation items found among them, by task"
@@ -826,7 +826,7 @@ class TrainingData:
     bytes_per_token:float = 0.        # Of packed text, which makes its validation loss one in bits a byte; else 0
     def __repr__(self):
         found = [f'{len(c["flagged"])} of {c["test"]} items of {t}' for t,c in self.contamination.items() if c['flagged']]
-        said = f'found among them: {", ".join(found) or "no item of the evaluation"}'
+        said = f'found among them: {", ".join(found) or "no item of the evaluation"}' if self.contamination else 'evaluation items were not looked for'
         return f'{len(self.train)} training rows, {len(self.valid)} held out; {said}'
 
 def training_data(spec, valid=0.05):
