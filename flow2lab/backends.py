@@ -72,7 +72,7 @@ def _torch(x):
     import torch
     return torch.from_numpy(np.ascontiguousarray(x))
 
-# %% ../nbs/52_backends.ipynb #28a7187b
+# %% ../nbs/52_backends.ipynb #20297ce2
 def _needs(package, extra):
     if importlib.util.find_spec(package) is None: raise UserError(f'backend {extra}: the package {package} is missing. Install it: pip install "flow2lab[{extra}]".')
 
@@ -84,6 +84,20 @@ def _through_folder(model):
     (merge(model) if hasattr(model, 'peft_config') or is_quantized(model) else model).save_pretrained(d.name)
     return d
 
+_KINDS = dict(linear_attention='mamba', full_attention='attention')
+_RENAMED = dict(     # By model type: what mlx-lm asks of a config under another name than transformers 5 writes
+    qwen3_moe=lambda c: dict(num_experts=c['num_local_experts'], rope_theta=c['rope_parameters']['rope_theta']),
+    mamba2=lambda c: dict(intermediate_size=c['expand']*c['hidden_size']),
+    granitemoehybrid=lambda c: dict(layer_types=[_KINDS.get(k, k) for k in c['layer_types']],
+                                    intermediate_size=c['intermediate_size' if c['num_local_experts'] else 'shared_intermediate_size']))
+
+def _mlx_config(folder):
+    "A model folder's config in mlx-lm's words, where they differ"
+    c = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
+    endless = {k: [float('inf') if x=={'__float__': 'Infinity'} else x for x in v] for k,v in c.items() if k=='time_step_limit'}
+    try: return {**_RENAMED.get(c.get('model_type'), lambda c: {})(c), **endless}
+    except KeyError: return endless      # an older config, in its own words
+
 @backend
 class mlx(Sequential):
     "A model by MLX: Apple silicon, or its build for the CPU"
@@ -93,7 +107,7 @@ class mlx(Sequential):
         if hasattr(model, 'save_pretrained'): self.tmp = _through_folder(model); model = self.tmp.name
         import mlx.core as mx
         from mlx_lm.utils import load_model
-        self.model, cfg = load_model(Path(model))
+        self.model, cfg = load_model(Path(model), model_config=_mlx_config(model))
         want = dict(fp32=mx.float32, bf16=mx.bfloat16, fp16=mx.float16).get(dtype, mx.float32 if mx.default_device()==mx.cpu else None)
         if want is not None: self.model.set_dtype(want)
         mx.eval(self.model.parameters())      # here and now: another thread could not finish what this one left lazy
