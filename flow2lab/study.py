@@ -64,7 +64,7 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #3387987f
+# %% ../nbs/75_study.ipynb #7460ed8e
 _from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256, precision='bf16', weight_decay=.05, eval_every=50)
 _real = dict(_from_nothing, loss_on='all', eval_every=25)
 _rates = dict(transformer=1e-3, mamba=1e-3, mamba2=3e-3, moe=1e-3, hybrid=1e-3)
@@ -73,10 +73,11 @@ PRETRAIN = dict(
         eval=dict(nano_qa=400, nano_needle=400), lr=_rates),
     small=AttrDict(size='nano', task='text', train=dict(_real, tokens=1_000_000, batch_tokens=2048, seq_len=512),
         corpus=['webtext/wiki_demo.txt', 'webtext/c4_demo.jsonl', 'gutenberg/moby-dick-2701-0.txt', 'tinyshakespeare/input.txt'], limit=0, vocab=2048,
-        eval=dict(perplexity=dict(path='wikitext2/valid.txt', n=20, window=512)), lr=_rates),
+        eval=dict(perplexity=dict(path='wikitext2/valid.txt', n=20, window=512)), lr=_rates,
+        beside='SmolLM2-135M-Instruct'),
     full=AttrDict(size='small', task='text', train=dict(_real, tokens=2_500_000_000, batch_tokens=2**19, micro_tokens=2**15, seq_len=1024),
         corpus=['fineweb_edu'], limit=4_000_000, vocab=32_000, eval=dict(perplexity=dict(subset='wikitext-103-raw-v1', window=1024)),
-        lr={a: r/2 for a,r in _rates.items()}))
+        lr={a: r/2 for a,r in _rates.items()}, beside='HuggingFaceTB/SmolLM2-135M'))
 
 def with_text(p, name):     # p: of PRETRAIN
     "`p` with its corpus cleaned, a tokenizer of its own and packed sequences in data/outputs/`name`; what is there already is not done again"
