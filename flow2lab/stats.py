@@ -367,7 +367,7 @@ def simulate_scores(rng,
     sd = np.sqrt(item_sd**2 + suit_sd**2 + luck**2 + rest_sd**2)
     return (y>0).astype(float), np.array([NormalDist().cdf(m/s) for m,s in zip(mu, sd)])
 
-# %% ../nbs/61_stats.ipynb #187ed32d
+# %% ../nbs/61_stats.ipynb #481fc68f
 def fmt(v, unit='', digits=3):
     "A value as a person reads it: 61.0%, 1.2 GiB, 3.5 min"
     if v is None or (isinstance(v, float) and math.isnan(v)): return '-'
@@ -384,7 +384,7 @@ def fmt(v, unit='', digits=3):
 
 def fmt_diff(v, unit=''):
     "A difference with its sign: +4.5 points"
-    return '-' if v is None or math.isnan(v) else f'{100*v:+.1f}' if unit=='fraction' else f'{v:+.3g}'
+    return '-' if v is None or not math.isfinite(v) else f'{100*v:+.1f}' if unit=='fraction' else f'{v:+.3g}'
 
 def text_table(rows, columns=None):
     "Rows (dicts, or a DataFrame) as an aligned table of text; numbers to the right"

@@ -9,8 +9,8 @@ __all__ = ['SCALES', 'PRETRAIN', 'COSTS', 'scale_of', 'base_spec', 'trained_spec
            'with_text', 'pretrained_spec', 'Finding', 'finding', 'curves', 'loss_at', 'findings_table', 'Agreement',
            'agreement', 'studies', 'study_folder', 'StudyResult', 'save_answer', 'run_study']
 
-# %% ../nbs/75_study.ipynb #b8e1fd74
-import json, os, sys, time
+# %% ../nbs/75_study.ipynb #f03bb2e1
+import json, math, os, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -95,14 +95,15 @@ def pretrained_spec(arch, seed=0, p='nano', **kw):
     p = PRETRAIN[p] if isinstance(p, str) else p; train = {**p.train, 'lr': p.lr[arch], **kw.pop('train', {})}
     return Spec(**{**dict(base=f'{arch}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full', eval=p.eval, train=train, seed=seed), **kw})
 
-# %% ../nbs/75_study.ipynb #64d7efd8
+# %% ../nbs/75_study.ipynb #9fff30a0
 @dataclass
 class Finding:
     "One claim and what the records say of it; `diff`, `lo` and `hi` in the unit of the metric"
     claim:str; source:str; better:str; worse:str; metric:str; diff:float; lo:float; hi:float; margin:float=0.; unit:str='fraction'
     @property
     def verdict(self): return 'supported' if self.lo>self.margin else 'refuted' if self.hi<self.margin else 'undecided'
-    def to_dict(self): return dict(self.__dict__, verdict=self.verdict)
+    def to_dict(self):      # an interval without an end, as from one seed, has none in JSON either
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in dict(self.__dict__, verdict=self.verdict).items()}
     def __repr__(self):
         u = ' points' if self.unit=='fraction' else f' {self.unit}'
         m = f', claimed more than {fmt_diff(self.margin, self.unit)}' if self.margin else ''
