@@ -26,9 +26,10 @@ from .core import *
 from .models import PeakMemory, flops_per_token
 from .scan import fast_scan
 
-# %% ../nbs/31_train.ipynb #5abcd3ef
+# %% ../nbs/31_train.ipynb #d58679bf
 def prompt_text(tok, messages):
-    "What the model reads before it answers: the chat template's prompt, or the contents and a line end if there is no template"
+    "What the model reads before it answers: the chat template's prompt, " \
+    "or the contents and a line end if there is no template"
     if not tok.chat_template: return '\n'.join(m['content'] for m in messages) + '\n'
     return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -40,7 +41,7 @@ def turn_text(tok, messages, answer):
     if not full.startswith(before): before = os.path.commonprefix([before, full])
     return full[len(before):]
 
-# %% ../nbs/31_train.ipynb #83f0c3e1
+# %% ../nbs/31_train.ipynb #1a49073e
 def _ids(tok, text): return tok(text, add_special_tokens=False)['input_ids']
 
 def _one_bos(tok, ids, labels):
@@ -62,7 +63,8 @@ def _turn(tok, messages, answer):
     return ids, ids[:last+1] + [-100]*(len(ids)-last-1)
 
 def encode_row(row, tok, loss_on='answer'):
-    "`(input_ids, labels)` of one row: `dict(messages, answer)`, `dict(messages)` ending with the assistant, or `dict(text)`"
+    "`(input_ids, labels)` of one row: `dict(messages, answer)`, `dict(messages)` ending with the assistant, " \
+    "or `dict(text)`"
     if 'text' in row:
         ids = _ids(tok, row['text']) + ([tok.eos_token_id] if tok.eos_token_id is not None else [])
         labels = list(ids)
@@ -71,20 +73,22 @@ def encode_row(row, tok, loss_on='answer'):
         ids, labels, done = [], [], ''
         for i in [i for i,m in enumerate(ms) if m['role']=='assistant']:
             before = prompt_text(tok, ms[:i])
-            if not before.startswith(done): ids, labels, done = [], [], ''     # the template rewrote history: keep this turn only
+            # the template rewrote history: keep this turn only
+            if not before.startswith(done): ids, labels, done = [], [], ''
             p = _ids(tok, before[len(done):]); a, l = _turn(tok, ms[:i], ms[i]['content'])
             ids, labels = ids + p + a, labels + [-100]*len(p) + l
             done = before + turn_text(tok, ms[:i], ms[i]['content'])
         if loss_on=='all': labels = list(ids)
     return _one_bos(tok, ids, labels)
 
-# %% ../nbs/31_train.ipynb #46847301
+# %% ../nbs/31_train.ipynb #03be2273
 class Samples(list):
     "Encoded samples, with the number of rows that were `dropped` for their length"
     dropped = 0
 
 def max_length(model):
-    "The longest sequence the model's positions allow, None when there is no such limit. A learned prompt takes its share"
+    "The longest sequence the model's positions allow, None when there is no such limit. " \
+    "A learned prompt takes its share"
     cfg, peft = getattr(model, 'config', None), getattr(model, 'peft_config', None) or {}
     n = getattr(cfg, 'max_position_embeddings', None) or getattr(cfg, 'n_positions', None)
     return n and n - sum(getattr(c, 'num_virtual_tokens', None) or 0 for c in peft.values())
@@ -92,31 +96,43 @@ def max_length(model):
 def encode(rows, tok, seq_len=512,   # Longest sample in tokens
            loss_on='answer',         # answer or all
            limit=None):              # The model's own longest sequence
-    "Samples `dict(input_ids, labels)` of `rows`; `UserError` names the row that has no label or that is too long for the model"
+    "Samples `dict(input_ids, labels)` of `rows`; " \
+    "`UserError` names the row that has no label or that is too long for the model"
     out, long, seq_len = Samples(), [], min(seq_len, limit or seq_len)
     for i,row in enumerate(rows, 1):
-        ids, labels = (row['input_ids'], row.get('labels', row['input_ids'])) if 'input_ids' in row else encode_row(row, tok, loss_on)
+        ids, labels = ((row['input_ids'], row.get('labels', row['input_ids'])) if 'input_ids' in row else
+                       encode_row(row, tok, loss_on))
         if row.get('answer')=='' or all(l==-100 for l in labels[1:]):
-            raise UserError(f'row {i}: no trainable label ({_why_empty(row)}). Give it an answer, or take the row out.')
+            raise UserError(f'row {i}: no trainable label ({_why_empty(row)}). '
+                            'Give it an answer, or take the row out.')
         if len(ids)<=seq_len: out.append(dict(input_ids=ids, labels=labels))
-        elif 'text' in row: out += [dict(input_ids=ids[a:a+seq_len], labels=labels[a:a+seq_len]) for a in range(0, len(ids)-1, seq_len)]
+        elif 'text' in row:
+            out += [dict(input_ids=ids[a:a+seq_len], labels=labels[a:a+seq_len])
+                    for a in range(0, len(ids)-1, seq_len)]
         else: long.append((i, len(ids)))
     _check_long(long, len(out), seq_len, limit)
     out.dropped = len(long)
     return out
 
-def _why_empty(row): return 'the answer is empty' if row.get('answer')=='' else 'every label is masked' if 'labels' in row else 'nothing in it is learned'
+def _why_empty(row):
+    return ('the answer is empty' if row.get('answer')=='' else
+            'every label is masked' if 'labels' in row else 'nothing in it is learned')
 
 def _check_long(long, kept, seq_len, limit):
     "Refuse rows beyond the model's limit, and a `seq_len` that would lose more than one row in ten"
     if not long: return
     i, n = max(long, key=lambda o: o[1])
-    if limit and n>limit: raise UserError(f'row {i}: {n} tokens, but the model allows {limit}. Shorten or take out the row ({len(long)} rows exceed seq_len {seq_len}).')
-    if len(long)*9>kept: raise UserError(f'row {i}: {n} tokens, and {len(long)} of {len(long)+kept} rows are longer than seq_len {seq_len}. '
-                                         f'Set train seq_len={n}, or shorten the rows.')
-    warnings.warn(f'{len(long)} of {len(long)+kept} rows are longer than seq_len {seq_len} and left out (longest: row {i}, {n} tokens)')
+    if limit and n>limit:
+        raise UserError(f'row {i}: {n} tokens, but the model allows {limit}. '
+                        f'Shorten or take out the row ({len(long)} rows exceed seq_len {seq_len}).')
+    if len(long)*9>kept:
+        raise UserError(f'row {i}: {n} tokens, and {len(long)} of {len(long)+kept} rows '
+                        f'are longer than seq_len {seq_len}. '
+                        f'Set train seq_len={n}, or shorten the rows.')
+    warnings.warn(f'{len(long)} of {len(long)+kept} rows are longer than seq_len {seq_len} and left out (longest: '
+                  f'row {i}, {n} tokens)')
 
-# %% ../nbs/31_train.ipynb #00c72ebd
+# %% ../nbs/31_train.ipynb #a80976be
 class Spooled:
     "Encoded samples in a folder: `rows[i]` is dict(input_ids, labels), `sizes` their tokens, `counts` their labels"
     def __init__(self, folder):
@@ -127,27 +143,35 @@ class Spooled:
     def __getitem__(self, i): a, b = self.starts[i:i+2]; return dict(input_ids=self.ids[a:b], labels=self.labels[a:b])
 
 def spool(rows, tok, folder, seq_len=512, loss_on='answer', limit=None):
-    "Encode the iterable `rows` into `folder`, whole or absent; a `Spooled`. Rows that are too long are left out and counted, the others checked as by `encode`"
+    "Encode the iterable `rows` into `folder`, whole or absent; a `Spooled`. " \
+    "Rows that are too long are left out and counted, the others checked as by `encode`"
     starts, counts, dropped = [0], [], 0
     with writing(folder), atomic_dir(folder) as d, open(d/'ids.bin', 'wb') as f, open(d/'labels.bin', 'wb') as g:
         for i,row in enumerate(rows, 1):
             ids, labels = encode_row(row, tok, loss_on)
             if len(ids)>min(seq_len, limit or seq_len): dropped += 1; continue
-            if not (n := sum(l!=-100 for l in labels[1:])): raise UserError(f'row {i}: no trainable label ({_why_empty(row)}). Give it an answer, or take the row out.')
-            np.asarray(ids, np.int32).tofile(f); np.asarray(labels, np.int32).tofile(g); starts.append(starts[-1]+len(ids)); counts.append(n)
-        if not counts: raise UserError(f'no rows to train on: there are none, or all {dropped} are longer than seq_len {seq_len}.')
+            if not (n := sum(l!=-100 for l in labels[1:])):
+                raise UserError(f'row {i}: no trainable label ({_why_empty(row)}). '
+                                'Give it an answer, or take the row out.')
+            np.asarray(ids, np.int32).tofile(f)
+            np.asarray(labels, np.int32).tofile(g)
+            starts.append(starts[-1]+len(ids)); counts.append(n)
+        if not counts:
+            raise UserError(f'no rows to train on: there are none, '
+                            f'or all {dropped} are longer than seq_len {seq_len}.')
         for n,x in dict(starts=starts, counts=counts, dropped=dropped).items(): np.save(d/f'{n}.npy', np.asarray(x))
     return Spooled(folder)
 
-# %% ../nbs/31_train.ipynb #d275a686
+# %% ../nbs/31_train.ipynb #44020e73
 def blocks(ids, seq_len):
     "A view of the 1-d array `ids` as rows of `seq_len+1` tokens that overlap by one; what fills no row is left out"
     ids = np.asarray(ids) if not isinstance(ids, np.ndarray) else ids
     n = (len(ids)-1)//seq_len
     if n<1: raise UserError(f'{len(ids)} tokens do not fill one block of seq_len {seq_len}. Set a shorter seq_len.')
-    return np.lib.stride_tricks.as_strided(ids, (n, seq_len+1), (ids.strides[0]*seq_len, ids.strides[0]), writeable=False)
+    return np.lib.stride_tricks.as_strided(ids, (n, seq_len+1),
+                                           (ids.strides[0]*seq_len, ids.strides[0]), writeable=False)
 
-# %% ../nbs/31_train.ipynb #7a515ebf
+# %% ../nbs/31_train.ipynb #f366bcdd
 def plan(lengths,            # Tokens of each sample
          batch_tokens=4096,  # Tokens in a step
          micro_tokens=0,     # Tokens in a micro-batch, 0 for the whole step
@@ -161,7 +185,8 @@ def plan(lengths,            # Tokens of each sample
         if budget<total: o = o[:max(1, int(np.searchsorted(np.cumsum(lengths[o]), budget))+1)]
         order.append(o); budget -= int(lengths[o].sum())
     order = np.concatenate(order) if order else np.zeros(0, int)
-    return [_micro(s, lengths, micro_tokens or batch_tokens, world) for s in _fill(order, lengths[order], batch_tokens)]
+    return [_micro(s, lengths, micro_tokens or batch_tokens, world)
+            for s in _fill(order, lengths[order], batch_tokens)]
 
 def _fill(order, lengths, size):
     "Cut `order` into runs of at most `size` tokens (a longer sample stays alone)"
@@ -178,7 +203,7 @@ def _micro(idx, lengths, size, world):
     n = -(-len(parts)//world)*world
     return parts if n==len(parts) else [p for p in np.array_split(idx, min(n, len(idx)))]
 
-# %% ../nbs/31_train.ipynb #27e411c5
+# %% ../nbs/31_train.ipynb #40b09a0a
 def _cut(s):
     "(inputs, positions that predict, targets) of one sample"
     if isinstance(s, np.ndarray): return s[:-1], np.arange(len(s)-1), s[1:]
@@ -189,20 +214,23 @@ def _cut(s):
 def _t(x): return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
 
 def pack(samples):
-    "Samples as one row: `input_ids`, `position_ids` (1, t), `keep` and `targets` (n), `lengths` of the samples. Blocks keep every position"
+    "Samples as one row: `input_ids`, `position_ids` (1, t), `keep` and `targets` (n), `lengths` of the samples. " \
+    "Blocks keep every position"
     ids, pos, tgt = zip(*map(_cut, samples))
     lens = np.array([len(x) for x in ids]); starts = np.cumsum(lens)-lens
-    mb = dict(input_ids=_t(np.concatenate(ids))[None], position_ids=_t(np.concatenate([np.arange(n) for n in lens]))[None],
+    mb = dict(input_ids=_t(np.concatenate(ids))[None],
+              position_ids=_t(np.concatenate([np.arange(n) for n in lens]))[None],
               targets=_t(np.concatenate(tgt)), lengths=lens.tolist())
     if len(mb['targets'])<lens.sum(): mb['keep'] = _t(np.concatenate([p+s for p,s in zip(pos, starts)]))
     return mb
 
-# %% ../nbs/31_train.ipynb #03884995
+# %% ../nbs/31_train.ipynb #b3dccb01
 @torch.no_grad()
 def leak(model, mb,   # A packed row
          **how):      # Called with these as well
     "How far the logits of all later documents move, relative to their size, when the first document changes"
-    kw = _to(dict({k: mb[k] for k in ('input_ids', 'position_ids', 'docs') if k in mb}, use_cache=False, **how), model.device)
+    kw = _to(dict({k: mb[k] for k in ('input_ids', 'position_ids', 'docs') if k in mb},
+                  use_cache=False, **how), model.device)
     other = dict(kw, input_ids=kw['input_ids'].clone()); n = mb['lengths'][0]
     other['input_ids'][0,:n] = kw['input_ids'][0,:n].flip(0)
     a, b = (model(**k).logits[0,n:].float() for k in (kw, other))
@@ -213,9 +241,10 @@ def _to(x, device):
     if torch.is_tensor(x): return x.to(device, non_blocking=True)
     return {k: _to(v, device) for k,v in x.items()} if isinstance(x, dict) else x
 
-# %% ../nbs/31_train.ipynb #b002c131
+# %% ../nbs/31_train.ipynb #a3553f85
 def layout(lengths):
-    "How documents lie for attention: `shapes` [(n, l)] of the groups, `pad` (cell → its token), `back` (token → its cell); both None without padding"
+    "How documents lie for attention: `shapes` [(n, l)] of the groups, `pad` (cell → its token), " \
+    "`back` (token → its cell); both None without padding"
     groups, a = [], 0
     for b in range(1, len(lengths)+1):
         if b==len(lengths) or not lengths[a]/1.5<=lengths[b]<=lengths[a]*1.5: groups.append((a, b)); a = b
@@ -223,7 +252,9 @@ def layout(lengths):
     for a,b in groups:
         n, l = b-a, max(lengths[a:b]); shapes.append((n, l))
         grid = starts[a:b,None] + np.arange(l); real = np.arange(l) < np.array(lengths[a:b])[:,None]
-        pad.append(np.where(real, grid, starts[a]).ravel()); back.append(cell + np.flatnonzero(real.ravel())); cell += n*l
+        pad.append(np.where(real, grid, starts[a]).ravel())
+        back.append(cell + np.flatnonzero(real.ravel()))
+        cell += n*l
     if cell==sum(lengths): return dict(shapes=shapes, pad=None, back=None)
     return dict(shapes=shapes, pad=_t(np.concatenate(pad)), back=_t(np.concatenate(back)))
 
@@ -241,7 +272,7 @@ class _Back(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g.new_zeros(ctx.cells, *g.shape[1:]).index_copy_(0, ctx.saved_tensors[0], g), None
 
-# %% ../nbs/31_train.ipynb #f32f939d
+# %% ../nbs/31_train.ipynb #5a0e4c6e
 class _Squares(torch.autograd.Function):
     "Causal attention of short documents by plain products. q (n, h, l, d), k and v (n, g, l, d) → (n, h, l, d)"
     @staticmethod
@@ -256,8 +287,10 @@ class _Squares(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, p, o = ctx.saved_tensors; n, h, l, d, g, scale = ctx.dims
-        do = do.reshape(n*g, -1, d); mean = (do*o).sum(-1, keepdim=True, dtype=torch.float32).to(do.dtype)   # mixed types would be slow
-        ds = torch.baddbmm(mean, do, v.transpose(1, 2), beta=-scale, alpha=scale).mul_(p)          # through the softmax
+        # mixed types would be slow
+        do = do.reshape(n*g, -1, d); mean = (do*o).sum(-1, keepdim=True, dtype=torch.float32).to(do.dtype)
+        # through the softmax
+        ds = torch.baddbmm(mean, do, v.transpose(1, 2), beta=-scale, alpha=scale).mul_(p)
         dq, dk, dv = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), do)
         return dq.view(n, h, l, d), dk.view(n, g, l, d), dv.view(n, g, l, d), None
 
@@ -265,12 +298,16 @@ def _attend(q, k, v, scale, dropout, window):
     "Causal attention over (n, heads, l, d), within the last `window` positions if given"
     l, band = q.shape[2], None
     if window and l>window: band = torch.ones(l, l, dtype=torch.bool, device=q.device).tril().triu(1-window)
-    elif q.dtype==torch.bfloat16 and q.device.type=='cpu' and l<=1024 and not dropout: return _Squares.apply(q, k, v, scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scale,
+    elif q.dtype==torch.bfloat16 and q.device.type=='cpu' and l<=1024 and not dropout:
+        return _Squares.apply(q, k, v, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout,
+                                          is_causal=band is None, scale=scale,
                                           enable_gqa=q.shape[1]!=k.shape[1])
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, docs=None, sliding_window=None, **kw):
-    "Causal attention inside each document of a packed row. query (1, h, t, d), key and value (1, g, t, d) → (1, t, h, d)"
+def packed_attention(module, query, key, value, attention_mask, scaling=None,
+                     dropout=0.0, docs=None, sliding_window=None, **kw):
+    "Causal attention inside each document of a packed row. " \
+    "query (1, h, t, d), key and value (1, g, t, d) → (1, t, h, d)"
     pad, back = docs['pad'], docs['back']
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))           # (t, heads, d)
     if pad is not None: q, k, v = (_Pad.apply(x, pad, back) for x in (q, k, v))             # (cells, heads, d)
@@ -292,10 +329,11 @@ def doc_attention(model):
     try: yield
     finally: cfg._attn_implementation = old
 
-# %% ../nbs/31_train.ipynb #925d1120
+# %% ../nbs/31_train.ipynb #acdc27e7
 @contextlib.contextmanager
 def eval_mode(model):
-    "Evaluation mode for a block. bitsandbytes' 4-bit layers stay as they are: on a CPU they repack their weights in it for good"
+    "Evaluation mode for a block. bitsandbytes' 4-bit layers stay as they are: " \
+    "on a CPU they repack their weights in it for good"
     was = [(m, m.training) for m in model.modules()]
     for m,_ in was: m.training = type(m).__module__.startswith('bitsandbytes') and m.training
     try: yield
@@ -314,33 +352,39 @@ def _isolates(model, way):
         if leak(model, mb)>1e-6: return False
         kw = _to({k: mb[k] for k in ('input_ids', 'position_ids', 'docs') if k in mb}, model.device)
         packed = model(**kw, use_cache=False).logits[0].float()
-    lone = torch.cat([model(input_ids=pack([d])['input_ids'].to(model.device), use_cache=False).logits[0].float() for d in docs])
-    return bool((packed-lone).abs().max() < 0.05*lone.abs().max())         # positions count from each document's start; bf16's noise passes
+    lone = torch.cat([model(input_ids=pack([d])['input_ids'].to(model.device), use_cache=False).logits[0].float()
+                      for d in docs])
+    # positions count from each document's start; bf16's noise passes
+    return bool((packed-lone).abs().max() < 0.05*lone.abs().max())
 
 def way_to_batch(model):
     "`docs`, `mask` or `padded`: the fastest way to batch that leaves each sample as it is alone"
     with eval_mode(model), warnings.catch_warnings():
-        warnings.simplefilter('ignore')                      # some models warn that they ignore position_ids: that is the answer
+        # some models warn that they ignore position_ids: that is the answer
+        warnings.simplefilter('ignore')
         for way in ('docs', 'mask'):
             with contextlib.suppress(TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
                 if _isolates(model, way): return way
     return 'padded'
 
 def pad_batch(samples, pad=0):
-    "Samples as an ordinary batch padded on the right: `input_ids`, `attention_mask` (b, l), `last` (positions to keep), `targets` (b, last)"
+    "Samples as an ordinary batch padded on the right: `input_ids`, `attention_mask` (b, l), " \
+    "`last` (positions to keep), `targets` (b, last)"
     ids, pos, tgt = zip(*map(_cut, samples))
     b, l = len(ids), max(map(len, ids)); first = int(min(p[0] for p in pos))
     x, m, t = np.full((b, l), pad), np.zeros((b, l)), np.full((b, l), -100)
     for r,(i,p,g) in enumerate(zip(ids, pos, tgt)): x[r,:len(i)], m[r,:len(i)], t[r,p] = i, 1, g
     return dict(input_ids=_t(x), attention_mask=_t(m), last=l-first, targets=_t(t[:,first:]))
 
-# %% ../nbs/31_train.ipynb #0928f83d
+# %% ../nbs/31_train.ipynb #9104f102
 class _CrossEntropy(torch.autograd.Function):
-    "Sum of cross-entropies over rows of logits (n, v) times `scale`. The gradient is computed at once and takes the logits' place"
+    "Sum of cross-entropies over rows of logits (n, v) times `scale`. " \
+    "The gradient is computed at once and takes the logits' place"
     @staticmethod
     def forward(ctx, logits, targets, scale):
         ctx.grad, total = logits.detach(), logits.new_zeros((), dtype=torch.float32)
-        rows = max(1, (1<<20)//logits.shape[-1]) if logits.device.type=='cpu' else 4096   # as many as stay in a CPU's cache
+        # as many as stay in a CPU's cache
+        rows = max(1, (1<<20)//logits.shape[-1]) if logits.device.type=='cpu' else 4096
         for x,t in zip(ctx.grad.split(rows), targets[:,None].split(rows)):
             p = torch.log_softmax(x, -1, dtype=torch.float32)                             # (rows, v)
             total -= p.gather(1, t).sum()
@@ -362,9 +406,10 @@ def label_loss(model, mb,   # A micro-batch
     elif not slices and 'keep' in mb: logits = logits[:,keep]
     loss = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), t.reshape(-1), 1/n)
     if not model.training or getattr(out, 'aux_loss', None) is None: return loss
-    return loss + _base(getattr(model, 'module', model)).router_aux_loss_coef*out.aux_loss*(t!=-100).sum()/n      # experts kept in balance: `output_router_logits` asks for it
+    # experts kept in balance: `output_router_logits` asks for it
+    return loss + _base(getattr(model, 'module', model)).router_aux_loss_coef*out.aux_loss*(t!=-100).sum()/n
 
-# %% ../nbs/31_train.ipynb #76a6485b
+# %% ../nbs/31_train.ipynb #4269cefe
 class _RMSNorm(torch.autograd.Function):
     "x / rms(x) · w over the last dimension, inside in float32. x (..., d), w (d)"
     @staticmethod
@@ -378,7 +423,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, g):
         (n, w, r), (need_x, need_w, _) = ctx.saved_tensors, ctx.needs_input_grad
         g = g.to(torch.promote_types(n.dtype, torch.float32)); d = n.shape[-1]; gn = (g*n).reshape(-1, d)
-        dx = torch.addcmul(g*w, n, torch.mv(gn, w.to(g.dtype)).view_as(r).div_(d), value=-1).mul_(r).to(n.dtype) if need_x else None
+        dx = (torch.addcmul(g*w, n, torch.mv(gn, w.to(g.dtype)).view_as(r).div_(d), value=-1).mul_(r).to(n.dtype)
+              if need_x else None)
         return dx, gn.sum(0).to(w.dtype) if need_w else None, None
 
 def _is_rms(m):
@@ -400,11 +446,12 @@ def fast_norms(model):
     finally:
         for m in ms: del m.forward
 
-# %% ../nbs/31_train.ipynb #bd539443
+# %% ../nbs/31_train.ipynb #706d2c11
 def has_bf16(device='cpu'):
     "Does the hardware multiply in bf16?"
     if torch.device(device).type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    with contextlib.suppress(OSError): return any(f in Path('/proc/cpuinfo').read_text() for f in ('avx512_bf16', 'amx_bf16'))
+    with contextlib.suppress(OSError):
+        return any(f in Path('/proc/cpuinfo').read_text() for f in ('avx512_bf16', 'amx_bf16'))
     return False
 
 def precision_of(name, device='cpu'):
@@ -412,7 +459,7 @@ def precision_of(name, device='cpu'):
     check_names('precision', [name], ['auto', 'bf16', 'fp32'])
     return ('bf16' if has_bf16(device) else 'fp32') if name=='auto' else name
 
-# %% ../nbs/31_train.ipynb #5f1c4d9f
+# %% ../nbs/31_train.ipynb #c2061b0b
 def sizes_of(rows):
     "Tokens that each row of an array of blocks, or of a pack's documents (`sizes`), predicts"
     return np.full(len(rows), rows.shape[1]-1) if isinstance(rows, np.ndarray) else rows.sizes
@@ -430,7 +477,8 @@ class StepData(torch.utils.data.Dataset):
             self.labels = np.array([np.count_nonzero(np.asarray(s['labels'])[1:]!=-100) for s in samples])
     def __len__(self): return len(self.steps)
     def __getitem__(self, i):
-        return dict(micro=[self.collate(m) for m in self.steps[i][self.rank::self.world]], labels=self.count(i, self.labels))
+        return dict(micro=[self.collate(m) for m in self.steps[i][self.rank::self.world]],
+                    labels=self.count(i, self.labels))
     def count(self, i, of): return int(sum(of[m].sum() for m in self.steps[i]))
     def tokens(self, i): "Useful tokens in step `i`"; return self.count(i, self.sizes)
     def collate(self, idx):
@@ -448,11 +496,13 @@ class Trainer(transformers.Trainer):
         self.begin(model, args, data, t, curve)
     def begin(self, model, args, data, t, curve):
         self.remove_callback(transformers.PrinterCallback)
-        self.data, self.t, self.curve, self.folder, self.tell, self.held = data, t, curve, None, None, {}     # held: what `validate` found beside the loss
+        # held: what `validate` found beside the loss
+        self.data, self.t, self.curve, self.folder, self.tell, self.held = data, t, curve, None, None, {}
         self.bf16 = precision_of(t.precision, args.device)=='bf16'
         self.slices = 'logits_to_keep' in inspect.signature(_base(model).forward).parameters
         self.rank_allocator = getattr(getattr(model, 'base_model', None), 'rankallocator', None)     # AdaLoRA's
-    def get_train_dataloader(self): return torch.utils.data.DataLoader(self.data, batch_size=1, collate_fn=lambda x: x[0])
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.data, batch_size=1, collate_fn=lambda x: x[0])
     def floating_point_ops(self, inputs): return 0      # Trainer's count walks all parameters at every micro-batch
     def autocast_smart_context_manager(self, cache_enabled=True):
         return torch.autocast(self.args.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
@@ -467,10 +517,12 @@ def training_step(self:Trainer, model, inputs, num_items_in_batch=None):
     for i,mb in enumerate(inputs['micro'], 1):
         with contextlib.nullcontext() if i==k else self.accelerator.no_sync(model):
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, _to(mb, self.args.device), num_items_in_batch=inputs['labels'])*self.args.world_size
+                loss = self.compute_loss(model, _to(mb, self.args.device),
+                                         num_items_in_batch=inputs['labels'])*self.args.world_size
             total += loss.detach()
             if i==k and self.rank_allocator: loss = loss + orthogonality(model)
-            self.accelerator.backward(loss)                    # DDP and FSDP average over processes, hence the factor above
+            # DDP and FSDP average over processes, hence the factor above
+            self.accelerator.backward(loss)
     self.step_loss = total
     return total
 
@@ -478,24 +530,28 @@ def training_step(self:Trainer, model, inputs, num_items_in_batch=None):
 def _get_grad_norm(self:Trainer, model, grad_norm=None):
     "Trainer asks for it after the backward pass and before the optimizer's step: the moment to stop"
     norm, loss = float(super(Trainer, self)._get_grad_norm(model, grad_norm)), float(self.step_loss)
-    if not np.isfinite([loss, norm]).all(): raise NonFinite(f'step {self.state.global_step+1}: loss {loss:.4g}, gradient norm {norm:.4g}')
+    if not np.isfinite([loss, norm]).all():
+        raise NonFinite(f'step {self.state.global_step+1}: loss {loss:.4g}, gradient norm {norm:.4g}')
     return norm
 
-# %% ../nbs/31_train.ipynb #ecd7963c
+# %% ../nbs/31_train.ipynb #40f9de0a
 def orthogonality(model):
     "AdaLoRA's penalty: weight times the mean Frobenius norm of PᵀP - I (Zhang et al. 2023, eq. 4)"
     ada = model.module.base_model if hasattr(model, 'module') else model.base_model
-    ps = [p if 'lora_A' in n else p.T for n,p in ada.named_parameters() if ('lora_A' in n or 'lora_B' in n) and p.requires_grad]
-    return ada.peft_config[ada.trainable_adapter_name].orth_reg_weight * sum(torch.norm(p@p.T - torch.eye(len(p), device=p.device)) for p in ps)/len(ps)
+    ps = [p if 'lora_A' in n else p.T for n,p in ada.named_parameters()
+          if ('lora_A' in n or 'lora_B' in n) and p.requires_grad]
+    return (ada.peft_config[ada.trainable_adapter_name].orth_reg_weight *
+            sum(torch.norm(p@p.T - torch.eye(len(p), device=p.device)) for p in ps)/len(ps))
 
 class _AdaLora(TrainerCallback):
     def __init__(self, model, steps):
         self.ada = model.base_model; cfg = self.ada.peft_config[self.ada.trainable_adapter_name]
         self.ada.rankallocator.set_total_step(steps)
-        if cfg.tinit+cfg.tfinal>=steps: cfg.tinit, cfg.tfinal = steps//6, steps//3       # a budgeting phase must remain
+        # a budgeting phase must remain
+        if cfg.tinit+cfg.tfinal>=steps: cfg.tinit, cfg.tfinal = steps//6, steps//3
     def on_optimizer_step(self, args, state, control, **kw): self.ada.update_and_allocate(state.global_step+1)
 
-# %% ../nbs/31_train.ipynb #2335bb4f
+# %% ../nbs/31_train.ipynb #f8d0f2dc
 class Curve:
     "The steps done: as a list, as lines of a file, and as a progress bar"
     def __init__(self, path=None,   # steps.jsonl, None for no file
@@ -520,8 +576,10 @@ class Curve:
     def write(self):
         "Show and write the last step"
         s = self.steps[-1]; speed = (self.tokens-self.first[0])/max(self.seconds-self.first[1], 1e-9)
-        more = f', {s["val_bits_per_byte"]:.3f} bits/byte' if 'val_bits_per_byte' in s else f', {s["mfu"]:.0%} of peak' if 'mfu' in s else ''
-        self.bar.set_postfix_str(f'loss {s["loss"]:.3f}, {speed:,.0f} tokens/s{more}', refresh=False); self.bar.update()
+        more = (f', {s["val_bits_per_byte"]:.3f} bits/byte' if 'val_bits_per_byte' in s else
+                f', {s["mfu"]:.0%} of peak' if 'mfu' in s else '')
+        self.bar.set_postfix_str(f'loss {s["loss"]:.3f}, {speed:,.0f} tokens/s{more}', refresh=False)
+        self.bar.update()
         if self.file: self.file.write(json.dumps(s)+'\n'); self.file.flush()
     def close(self):
         self.bar.close()
@@ -532,7 +590,8 @@ def log(self:Trainer, logs, start_time=None):
     "Called by Trainer after each step: the line of the curve, with the validation loss when it is due"
     if 'grad_norm' not in logs: return
     i, t = self.state.global_step, self.t
-    line = self.curve.add(self.data.tokens(i-1), step=i, loss=logs['loss'], lr=logs['learning_rate'], grad_norm=logs['grad_norm'])
+    line = self.curve.add(self.data.tokens(i-1), step=i, loss=logs['loss'],
+                          lr=logs['learning_rate'], grad_norm=logs['grad_norm'])
     line.update(self.aside())
     if self.eval_dataset is not None and (i==self.state.max_steps or t.eval_every and i%t.eval_every==0):
         with self.curve.paused():
@@ -542,7 +601,8 @@ def log(self:Trainer, logs, start_time=None):
                 if self.folder: self.save_weights(self.folder/'best')
     if self.tell: line.update(self.tell(line, self.curve))
     self.curve.write()
-    self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(line))    # for live curves of other tools
+    # for live curves of other tools
+    self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(line))
 
 @patch
 def aside(self:Trainer): "What another objective has to say of a step"; return {}
@@ -554,10 +614,11 @@ def validate(self:Trainer):
     with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
         for i in range(len(d)):
             step = d[i]; n += step['labels']
-            total += sum(float(self.compute_loss(self.model, _to(mb, self.args.device), num_items_in_batch=1)) for mb in step['micro'])
+            total += sum(float(self.compute_loss(self.model, _to(mb, self.args.device), num_items_in_batch=1))
+                         for mb in step['micro'])
     return total/n
 
-# %% ../nbs/31_train.ipynb #4d20c41e
+# %% ../nbs/31_train.ipynb #22912d63
 def seal(folder, **about):
     "Write manifest.json, with `about` and the hash of every file, as the last part of `folder`"
     files = {str(f.relative_to(folder)): fingerprint(f, 64) for f in sorted(Path(folder).rglob('*')) if f.is_file()}
@@ -571,7 +632,9 @@ def sealed(folder):
     "The manifest of `folder`; `UserError` names the part that is missing or altered"
     folder = Path(folder)
     try: m = json.loads((folder/'manifest.json').read_text())
-    except (OSError, ValueError): raise UserError(f'{relative(folder)}: manifest.json is missing or altered, so nothing vouches for the rest') from None
+    except (OSError, ValueError):
+        raise UserError(f'{relative(folder)}: manifest.json is missing or altered, '
+                        'so nothing vouches for the rest') from None
     for f,h in m['files'].items():
         if not (folder/f).is_file(): raise UserError(f'{relative(folder)}: {f} is missing')
         if file_hash(folder/f)!=h: raise UserError(f'{relative(folder)}: {f} is altered')
@@ -584,7 +647,7 @@ def file_hash(path):
         while (b := f.read(1<<22)): h.update(b)
     return h.hexdigest()
 
-# %% ../nbs/31_train.ipynb #ddd26eb8
+# %% ../nbs/31_train.ipynb #4d4ddfaf
 def newest(folder, run=None):   # `run`: what the checkpoint must agree with
     "(path, manifest) of the newest whole checkpoint in `folder`, or None"
     found, bad = sorted(Path(folder).glob('checkpoint-*'), key=lambda p: -int(p.name.split('-')[1])), []
@@ -592,7 +655,8 @@ def newest(folder, run=None):   # `run`: what the checkpoint must agree with
         try: m = sealed(p)
         except UserError as e: bad.append(str(e)); continue
         if (diff := [k for k in (run or {}) if m['run'].get(k)!=run[k]]):
-            raise UserError(f'{relative(p)}: belongs to another run (different: {", ".join(diff)}). Choose another folder, or resume=False to start anew.')
+            raise UserError(f'{relative(p)}: belongs to another run (different: {", ".join(diff)}). '
+                            'Choose another folder, or resume=False to start anew.')
         if bad: warnings.warn(f'{"; ".join(bad)}. Resuming from {p.name} instead.')
         return p, m
     if bad: raise UserError(f'{"; ".join(bad)}. No whole checkpoint is left; resume=False starts anew.')
@@ -601,18 +665,21 @@ def newest(folder, run=None):   # `run`: what the checkpoint must agree with
 def writing(what):
     "Turn a full disk, in whatever words the libraries report it, into a `UserError`"
     full = ('No space left', 'StorageFull', 'File too large', 'Disk quota', 'os error 28', 'os error 27',
-            'PytorchStreamWriter', 'inline_container', 'iostream error')                        # torch.save's words for it
+            # torch.save's words for it
+            'PytorchStreamWriter', 'inline_container', 'iostream error')
     try: yield
     except Exception as e:
         if isinstance(e, UserError) or not any(f in f'{e} {e.__context__}' for f in full): raise
-        raise UserError(f'{relative(what)}: cannot write, the disk is full (or a quota reached). Nothing half-written was kept; free some space and start again to resume.') from e
+        raise UserError(f'{relative(what)}: cannot write, the disk is full (or a quota reached). '
+                        'Nothing half-written was kept; free some space and start again to resume.') from e
 
-# %% ../nbs/31_train.ipynb #a32b59cf
+# %% ../nbs/31_train.ipynb #32c88b55
 def _trained(model): return {n: p for n,p in model.named_parameters() if p.requires_grad}
 
 def _ada_state(model):
     ra = model.base_model.rankallocator
-    return dict(ipt=ra.ipt, exp_avg_ipt=ra.exp_avg_ipt, exp_avg_unc=ra.exp_avg_unc, rank_pattern=ra.peft_config.rank_pattern)
+    return dict(ipt=ra.ipt, exp_avg_ipt=ra.exp_avg_ipt, exp_avg_unc=ra.exp_avg_unc,
+                rank_pattern=ra.peft_config.rank_pattern)
 
 @patch(as_prop=True)
 def sharded(self:Trainer): return self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -624,7 +691,8 @@ def save_model(self:Trainer, output_dir=None, _internal_call=False):
     if self.sharded: return super(Trainer, self).save_model(output_dir, _internal_call)
     if not self.args.should_save: return
     os.makedirs(output_dir, exist_ok=True)
-    save_file({n: p.detach().contiguous() for n,p in _trained(self.model).items()}, Path(output_dir)/'trained.safetensors')
+    save_file({n: p.detach().contiguous() for n,p in _trained(self.model).items()},
+              Path(output_dir)/'trained.safetensors')
     if self.rank_allocator: torch.save(_ada_state(self.model), Path(output_dir)/'adalora.pt')
     Path(output_dir, 'curve.json').write_text(json.dumps(self.curve.steps))
 
@@ -646,7 +714,8 @@ def _get_output_dir(self:Trainer, trial=None): return getattr(self, '_tmp', None
 @patch
 def _save_checkpoint(self:Trainer, model, trial=None):
     "Trainer's checkpoint, written under a temporary name, sealed, then renamed; the two newest are kept"
-    final = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'; self._tmp = tmp = final.with_name(f'.{final.name}.tmp')
+    final = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
+    self._tmp = tmp = final.with_name(f'.{final.name}.tmp')
     main = self.accelerator.is_main_process
     with self.curve.paused(), writing(final):
         try:
@@ -655,25 +724,30 @@ def _save_checkpoint(self:Trainer, model, trial=None):
             super(Trainer, self)._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if main:
-                seal(tmp/final.name, step=self.state.global_step, run=self.run, threads=torch.get_num_threads(), versions=versions())
+                seal(tmp/final.name, step=self.state.global_step, run=self.run,
+                     threads=torch.get_num_threads(), versions=versions())
                 shutil.rmtree(final, ignore_errors=True); os.replace(tmp/final.name, final); fsync_dir(final.parent)
         finally:
             self._tmp = None
             if main: shutil.rmtree(tmp, ignore_errors=True)
     if main:
-        for old in sorted(final.parent.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))[:-2]: shutil.rmtree(old, ignore_errors=True)
+        for old in sorted(final.parent.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/31_train.ipynb #9c99e926
+# %% ../nbs/31_train.ipynb #7ed7b467
 def run_key(model, data, t, seed, steps):
     "Hashes by which a checkpoint knows its run"
     some = [data.samples[i] for i in np.linspace(0, len(data.samples)-1, min(1000, len(data.samples))).astype(int)]
-    tokens = [np.asarray([*x['input_ids'], *x['labels']] if isinstance(x, dict) else x, np.int64).tobytes() for x in some]
-    few = lambda p: [str(tuple(p.shape))] + ([] if p.requires_grad or not p.dtype.is_floating_point else p.detach().flatten()[:8].tolist())
-    return dict(settings=hash_of({k: v for k,v in t.items() if k not in ('save_every', 'eval_every')}), seed=seed, steps=steps, way=data.way,
+    tokens = [np.asarray([*x['input_ids'], *x['labels']] if isinstance(x, dict) else x, np.int64).tobytes()
+              for x in some]
+    few = lambda p: [str(tuple(p.shape))] + (
+        [] if p.requires_grad or not p.dtype.is_floating_point else p.detach().flatten()[:8].tolist())
+    return dict(settings=hash_of({k: v for k,v in t.items() if k not in ('save_every', 'eval_every')}),
+                seed=seed, steps=steps, way=data.way,
                 data=hashlib.sha256(data.sizes.tobytes() + b''.join(tokens)).hexdigest()[:16],
                 model=hash_of([(n, p.requires_grad, *few(p)) for n,p in model.named_parameters()]))
 
-# %% ../nbs/31_train.ipynb #21093479
+# %% ../nbs/31_train.ipynb #95dc1d50
 _card = """---
 base_model: {base}
 library_name: {library}
@@ -692,13 +766,19 @@ Load it with `{load}`.
 def card(model, about):
     "A README for an adapter or model folder, from the facts in `about`"
     peft = getattr(model, 'peft_config', None)
-    base = about.get('base') or os.path.basename(getattr(_base(model).config, '_name_or_path', '') or 'a model made here')
-    rows = {'method': about.get('method') or (next(iter(peft.values())).peft_type.value if peft else 'full'), 'task': about.get('task', ''),
+    base = (about.get('base') or
+            os.path.basename(getattr(_base(model).config, '_name_or_path', '') or 'a model made here'))
+    rows = {'method': about.get('method') or (next(iter(peft.values())).peft_type.value if peft else 'full'),
+            'task': about.get('task', ''),
             'trainable parameters': f'{about["trainable"]:,}', 'loss': f'{about["loss"]:.4f}',
-            'validation loss': f'{about["val_loss"]:.4f}' if about.get('val_loss') is not None else '', **about['train'], 'seed': about['seed']}
+            'validation loss': f'{about["val_loss"]:.4f}' if about.get('val_loss') is not None else '',
+            **about['train'], 'seed': about['seed']}
     load = 'PeftModel.from_pretrained(base_model, folder)' if peft else 'AutoModelForCausalLM.from_pretrained(folder)'
-    return _card.format(base=base, library='peft' if peft else 'transformers', title=about.get('name') or f'{base}, trained', load=load,
-                        kind='An adapter' if peft else 'A fine-tuned copy', table='\n'.join(f'| {k} | {v} |' for k,v in rows.items() if v!=''),
+    return _card.format(base=base, library='peft' if peft else 'transformers',
+                        title=about.get('name') or f'{base}, trained',
+                        load=load,
+                        kind='An adapter' if peft else 'A fine-tuned copy',
+                        table='\n'.join(f'| {k} | {v} |' for k,v in rows.items() if v!=''),
                         **{k: about[k] for k in ('step', 'steps', 'tokens')})
 
 @contextlib.contextmanager
@@ -714,22 +794,27 @@ def save_weights(self:Trainer, folder):
     state = self.accelerator.get_state_dict(self.model_wrapped) if self.sharded else None
     if not self.accelerator.is_main_process: return folder
     model, last = self.accelerator.unwrap_model(self.model), self.curve.steps[-1]
-    about = dict(self.about, step=last['step'], steps=self.state.max_steps, tokens=last['tokens'], loss=last['loss'], val_loss=last.get('val_loss'))
-    kw = dict(save_embedding_layers=any(l in n for n in _trained(model) for l in ('embed', 'lm_head', 'wte'))) if hasattr(model, 'peft_config') else {}
+    about = dict(self.about, step=last['step'], steps=self.state.max_steps,
+                 tokens=last['tokens'], loss=last['loss'],
+                 val_loss=last.get('val_loss'))
+    kw = (dict(save_embedding_layers=any(l in n for n in _trained(model) for l in ('embed', 'lm_head', 'wte')))
+          if hasattr(model, 'peft_config') else {})
     cache, model.config.use_cache = model.config.use_cache, self.use_cache
     with writing(folder), atomic_dir(folder) as d, quiet():
         model.save_pretrained(d, state_dict=state, **kw)
         if self.tok: self.tok.save_pretrained(d)
-        (d/'README.md').write_text(card(model, about), encoding='utf-8'); (d/'training.json').write_text(to_json(about, indent=1), encoding='utf-8')
+        (d/'README.md').write_text(card(model, about), encoding='utf-8')
+        (d/'training.json').write_text(to_json(about, indent=1), encoding='utf-8')
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #dd674b70
+# %% ../nbs/31_train.ipynb #019ff856
 @dataclass
 class TrainResult:
     "What a training came to"
     status:str='ok'                            # ok, nan or oom
-    steps:list=field(default_factory=list)     # One dict a step: step, loss, lr, grad_norm, tokens, seconds, perhaps val_loss
+    # One dict a step: step, loss, lr, grad_norm, tokens, seconds, perhaps val_loss
+    steps:list=field(default_factory=list)
     tokens:int=0                               # Useful tokens seen, padding not counted
     seconds:float=0.                           # Of training, without validation and saving
     tokens_per_s:float=0.
@@ -744,24 +829,29 @@ class TrainResult:
     way:str=''; precision:str=''
     def __repr__(self):
         end = f', loss {self.steps[0]["loss"]:.3f} → {self.steps[-1]["loss"]:.3f}' if self.steps else ''
-        return f'{self.status}: {len(self.steps)} steps, {self.tokens:,} tokens{end}' + (f'. {self.message}' if self.message else '')
+        return (f'{self.status}: {len(self.steps)} steps, {self.tokens:,} tokens{end}' +
+                (f'. {self.message}' if self.message else ''))
 
 def is_oom(e):
     "Is this exception the memory running out, on a GPU or on the CPU?"
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and any(
-        s in str(e) for s in ("can't allocate memory", 'not enough memory', 'out of memory', 'ALLOC_FAILED', 'bad_alloc'))
+        s in str(e) for s in ("can't allocate memory", 'not enough memory', 'out of memory',
+                              'ALLOC_FAILED', 'bad_alloc'))
 
 def oom_advice(t, model):
     "What to change so that it fits, the cheapest first"
     micro = t.micro_tokens or t.batch_tokens
-    tips = [f'train.micro_tokens={max(micro//2, 1)} (same gradient, less at once)', '' if t.checkpointing else 'train.checkpointing=true',
-            '' if hasattr(model, 'peft_config') else 'method=lora', '' if getattr(model, 'is_quantized', False) else 'base_quant=nf4']
+    tips = [f'train.micro_tokens={max(micro//2, 1)} (same gradient, less at once)',
+            '' if t.checkpointing else 'train.checkpointing=true',
+            '' if hasattr(model, 'peft_config') else 'method=lora',
+            '' if getattr(model, 'is_quantized', False) else 'base_quant=nf4']
     return 'Out of memory. Try, in this order: ' + ', '.join(filter(None, tips)) + '.'
 
 SCHEDULES = dict(wsd='warmup_stable_decay')      # Short names; transformers' own are right too
 
 def _schedule(t, steps):
-    "Trainer's arguments for the schedule. `wsd`: constant, then down to zero over the last fifth (Hu et al. 2024, arXiv:2404.06395)"
+    "Trainer's arguments for the schedule. " \
+    "`wsd`: constant, then down to zero over the last fifth (Hu et al. 2024, arXiv:2404.06395)"
     known = [*SCHEDULES, *(s.value for s in transformers.SchedulerType)]; check_names('schedule', [t.schedule], known)
     name = SCHEDULES.get(t.schedule, t.schedule)
     decay = dict(num_decay_steps=max(1, round(.2*steps)), decay_type='linear') if name=='warmup_stable_decay' else None
@@ -769,36 +859,48 @@ def _schedule(t, steps):
 
 def _args(t, out, steps, seed, device, kind=TrainingArguments, **more):
     "Trainer's arguments for our settings"
-    ckpt = 'activation_checkpointing' if 'activation_checkpointing' in TrainingArguments.__dataclass_fields__ else 'gradient_checkpointing'
+    ckpt = ('activation_checkpointing' if 'activation_checkpointing' in TrainingArguments.__dataclass_fields__ else
+            'gradient_checkpointing')
     args = kind(output_dir=str(out/'checkpoints' if out else tempfile.gettempdir()), max_steps=steps, seed=seed,
         learning_rate=t.lr, **_schedule(t, steps), weight_decay=t.weight_decay, max_grad_norm=t.grad_clip,
-        optim='adamw_torch_fused', save_strategy='steps' if t.save_every and out else 'no', save_steps=t.save_every or steps+1, logging_steps=1,
-        logging_nan_inf_filter=False, per_device_train_batch_size=1, remove_unused_columns=False, dataloader_pin_memory=False, report_to='none',
-        disable_tqdm=True, use_cpu=device.type=='cpu', **({ckpt: True, ckpt+'_kwargs': dict(use_reentrant=False)} if t.checkpointing else {}), **more)
+        optim='adamw_torch_fused', save_strategy='steps' if t.save_every and out else 'no',
+        save_steps=t.save_every or steps+1, logging_steps=1,
+        logging_nan_inf_filter=False, per_device_train_batch_size=1,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+        report_to='none',
+        disable_tqdm=True, use_cpu=device.type=='cpu',
+        **({ckpt: True, ckpt+'_kwargs': dict(use_reentrant=False)} if t.checkpointing else {}),
+        **more)
     args._n_gpu = min(args.n_gpu, 1)       # several GPUs: one process each (torchrun), never DataParallel
     return args
 
 def _settings(spec):
     "(train settings, seed, facts for the card) of a Spec, or of a dict of differences from TRAIN"
     if not isinstance(spec, Spec): spec = Spec(task='-', train=dict(spec))
-    about = {} if spec.task=='-' else dict(base=str(getattr(spec.base, 'name', spec.base)), task=spec.task, method=spec.method, method_args=spec.method_args)
+    about = {} if spec.task=='-' else dict(base=str(getattr(spec.base, 'name', spec.base)), task=spec.task,
+                                           method=spec.method, method_args=spec.method_args)
     return spec.train, spec.seed, about
 
 def _fitting(rows, model):
     "Blocks, or documents of a pack, that the model's positions can hold"
     n, most = max_length(model), int(max(sizes_of(rows), default=0))
-    if n and most>n: raise UserError(f'blocks of {most} tokens, but the model allows {n}. Cut them with a shorter seq_len.')
+    if n and most>n:
+        raise UserError(f'blocks of {most} tokens, but the model allows {n}. Cut them with a shorter seq_len.')
     return rows
 
 def _check_budget(t):
     if t.tokens<0 or t.batch_tokens<=0 or not t.tokens and t.epochs<=0:
-        raise UserError(f'a budget of tokens={t.tokens}, epochs={t.epochs}, batch_tokens={t.batch_tokens} trains nothing. Set tokens or epochs, and batch_tokens, above 0.')
+        raise UserError(f'a budget of tokens={t.tokens}, epochs={t.epochs}, '
+                        f'batch_tokens={t.batch_tokens} trains nothing. '
+                        'Set tokens or epochs, and batch_tokens, above 0.')
 
 def _step_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
     "Planned `StepData` of raw rows, encoded samples or blocks; without `seed` in one pass, for validation"
     ready = isinstance(rows, np.ndarray) or hasattr(rows, 'sizes')
     samples = _fitting(rows, model) if ready else encode(rows, tok, t.seq_len, t.loss_on, max_length(model))
-    if not len(samples): raise UserError('no rows to train on: the data is empty, or every row is longer than seq_len. Check the task and its n.')
+    if not len(samples):
+        raise UserError('no rows to train on: the data is empty, or every row is longer than seq_len. '
+                        'Check the task and its n.')
     if ready: lengths = sizes_of(rows)
     else: lengths = [len(s['input_ids']) for s in samples]
     if seed is not None: _check_budget(t)
@@ -808,7 +910,8 @@ def _step_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
 
 def fit(model,          # A transformers model, perhaps with an adapter
         tok,            # Its tokenizer; None when `rows` are tokens already
-        rows,           # Rendered rows, encoded samples, an array of `blocks`, or the documents of a pack (`tokenize.Pack.rows`)
+        # Rendered rows, encoded samples, an array of `blocks`, or the documents of a pack (`tokenize.Pack.rows`)
+        rows,
         spec,           # A Spec, or a dict of differences from TRAIN
         out=None,       # Folder for steps.jsonl, checkpoints, best and last; None keeps nothing
         valid=None,     # Rows for the validation loss
@@ -825,11 +928,15 @@ def fit(model,          # A transformers model, perhaps with an adapter
             with fast_scan(model, quiet=True), fast_norms(model), contextlib.ExitStack() as es:
                 objective = objective or Labels(); way = objective.way(model)
                 if way=='docs': es.enter_context(doc_attention(model))
-                tr = _trainer(objective, model, tok, rows, t, seed, about, out, valid, way, resume, progress, use_cache); tr.tell = tell
+                tr = _trainer(objective, model, tok, rows, t, seed, about, out, valid, way,
+                              resume, progress, use_cache)
+                tr.tell = tell
                 res.resumed = tr.resumed
                 with writing(out or 'training'): tr.train(resume_from_checkpoint=tr.resume_from)
             if out: res.last = tr.save_weights(out/'last')
-        except NonFinite as e: res.status, res.message = 'nan', f'{e}. Stopped before this step changed a weight; try a lower lr, a longer warmup, or precision=fp32.'
+        except NonFinite as e:
+            res.status, res.message = 'nan', (f'{e}. Stopped before this step changed a weight; '
+                                              'try a lower lr, a longer warmup, or precision=fp32.')
         except Exception as e:
             if not is_oom(e): raise
             res.status, res.message = 'oom', oom_advice(t, model)
@@ -839,21 +946,25 @@ def fit(model,          # A transformers model, perhaps with an adapter
             if tr: tr.curve.close()
     if tr:
         c, d = tr.curve, tr.data
-        res.steps, res.tokens, res.seconds, res.tokens_per_s = c.steps, c.tokens, c.seconds, c.tokens/max(c.seconds, 1e-9)
+        res.steps, res.tokens, res.seconds, res.tokens_per_s = (c.steps, c.tokens, c.seconds,
+                                                                c.tokens/max(c.seconds, 1e-9))
         res.way, res.precision, res.dropped = d.way, 'bf16' if tr.bf16 else 'fp32', getattr(d.samples, 'dropped', 0)
         if out and (out/'best').exists() and any('val_loss' in s for s in c.steps): res.best = out/'best'
         res.flops = res.tokens*training_flops(model, d.sizes.mean())
-    res.trainable, res.peak_memory, res.weights = sum(p.numel() for p in _trained(model).values()), mem.to_dict(), _held(model)
+    res.trainable, res.peak_memory, res.weights = (sum(p.numel() for p in _trained(model).values()),
+                                                   mem.to_dict(), _held(model))
     tr = None; free_memory(res.trainable)
     return res
 
 def training_flops(model, context):
-    "Operations a token of training: forward, the gradients of the activations and, unless an adapter is trained on a frozen base, those of the weights"
+    "Operations a token of training: forward, the gradients of the activations and, " \
+    "unless an adapter is trained on a frozen base, those of the weights"
     try: return (2 if hasattr(model, 'peft_config') else 3)*flops_per_token(model.config, max(1, int(context))).total
     except (UserError, AttributeError, KeyError, TypeError): return 0
 
 def free_memory(trained=10**9):
-    "Give back what the Trainer's cycles hold. Collecting takes a fifth of a second, so not after training an adapter of a few thousand weights on a CPU"
+    "Give back what the Trainer's cycles hold. " \
+    "Collecting takes a fifth of a second, so not after training an adapter of a few thousand weights on a CPU"
     if trained>10**7 or torch.cuda.is_available(): gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
@@ -865,7 +976,8 @@ class Labels:
     "The usual objective: the cross-entropy at the labels"
     def way(self, model): return way_to_batch(model)
     def data(self, *a, **kw): return _step_data(*a, **kw)
-    def trainer(self, model, tok, t, out, seed, data, valid, curve): return Trainer(model, _args(t, out, len(data), seed, model.device), data, t, curve, eval_dataset=valid)
+    def trainer(self, model, tok, t, out, seed, data, valid, curve):
+        return Trainer(model, _args(t, out, len(data), seed, model.device), data, t, curve, eval_dataset=valid)
 
 def _trainer(objective, model, tok, rows, t, seed, about, out, valid, way, resume, progress, use_cache):
     "The Trainer that `fit` runs, with its data planned and its checkpoint found"
@@ -877,27 +989,36 @@ def _trainer(objective, model, tok, rows, t, seed, about, out, valid, way, resum
     run = run_key(model, data, t, seed, len(data))
     if out and ps.is_main_process:
         (out/'checkpoints').mkdir(parents=True, exist_ok=True)
-        old = ['checkpoints/.checkpoint-*'] + ([] if resume else ['checkpoints/checkpoint-*', 'best', 'last'])     # the first: of a kill during a save
+        # the first: of a kill during a save
+        old = ['checkpoints/.checkpoint-*'] + ([] if resume else ['checkpoints/checkpoint-*', 'best', 'last'])
         for p in (p for n in old for p in out.glob(n)): shutil.rmtree(p)
     ps.wait_for_everyone()
     found = newest(out/'checkpoints', run) if out else None
     steps = json.loads((found[0]/'curve.json').read_text()) if found else []
-    curve = Curve(out/'steps.jsonl' if out and ps.is_main_process else None, len(data), progress and ps.is_main_process, steps)
-    tr = objective.trainer(model, tok, t, out, seed, data, objective.data(valid, tok, model, t, way) if valid is not None else None, curve)
+    curve = Curve(out/'steps.jsonl' if out and ps.is_main_process else None, len(data),
+                  progress and ps.is_main_process, steps)
+    tr = objective.trainer(model, tok, t, out, seed, data,
+        objective.data(valid, tok, model, t, way) if valid is not None else None, curve)
     if tr.rank_allocator: tr.add_callback(_AdaLora(model, len(data)))
     tr.folder, tr.tok, tr.run, tr.use_cache = out, tok, run, use_cache
     tr.resume_from, tr.resumed = (str(found[0]), found[1]['step']) if found else (None, 0)
-    tr.about = dict(about, train=dict(t), seed=seed, trainable=sum(p.numel() for p in _trained(model).values()), versions=versions())
+    tr.about = dict(about, train=dict(t), seed=seed,
+                    trainable=sum(p.numel() for p in _trained(model).values()),
+                    versions=versions())
     return tr
 
-# %% ../nbs/31_train.ipynb #cc4863ca
+# %% ../nbs/31_train.ipynb #d97a65e5
 def count_steps(rows, tok, model, spec):
     "Optimizer steps that `fit` will take on `rows`"
     return len(_step_data(rows, tok, model, spec.train, 'padded', spec.seed))
 
-def _held(model): return sum(t.untyped_storage().nbytes() for t in {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values())
+def _held(model):
+    return sum(t.untyped_storage().nbytes()
+               for t in {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values())
 
-TOLD = dict(mfu=('fraction', 'max'), val_bits_per_byte=('bits/byte', 'min'), val_accuracy=('fraction', 'max'), val_margin=('nats', 'max'), val_kl=('nats/token', 'min'))
+TOLD = dict(mfu=('fraction', 'max'), val_bits_per_byte=('bits/byte', 'min'),
+            val_accuracy=('fraction', 'max'), val_margin=('nats', 'max'),
+            val_kl=('nats/token', 'min'))
 
 @patch(as_prop=True)
 def metrics(self:TrainResult):
@@ -905,8 +1026,11 @@ def metrics(self:TrainResult):
     if not self.seconds: return {}
     m, val = self.peak_memory, [s['val_loss'] for s in self.steps if s.get('val_loss') is not None]
     n = lambda value, unit, direction: dict(value=value, unit=unit, direction=direction)
-    out = {'seconds': n(self.seconds, 's', 'min'), 'tokens': n(self.tokens, 'tokens', ''), 'steps': n(len(self.steps), 'steps', ''),
-           'tokens_per_s': n(self.tokens_per_s, 'tokens/s', 'max'), 'trainable': n(self.trainable, 'parameters', 'min'),
+    out = {'seconds': n(self.seconds, 's', 'min'),
+           'tokens': n(self.tokens, 'tokens', ''),
+           'steps': n(len(self.steps), 'steps', ''),
+           'tokens_per_s': n(self.tokens_per_s, 'tokens/s', 'max'),
+           'trainable': n(self.trainable, 'parameters', 'min'),
            'loss': n(self.steps[-1]['loss'], 'nats', 'min'),
            'peak_memory': n(m['allocated'] or m['growth']+self.weights, 'bytes', 'min')}
     if m['reserved']: out['memory_reserved'] = n(m['reserved'], 'bytes', 'min')
@@ -916,7 +1040,7 @@ def metrics(self:TrainResult):
     out.update({k: n(last[k], *about) for k,about in TOLD.items() if k in last})
     return {f'train/{k}': v for k,v in out.items()}
 
-# %% ../nbs/31_train.ipynb #d7a8ef5c
+# %% ../nbs/31_train.ipynb #7dbc3731
 def matmul_peak(precision='auto', device='cpu', n=1024, seconds=.3):
     "Operations a second of a product of two n x n matrices, the best of what fits in `seconds`"
     dt = torch.bfloat16 if precision_of(precision, device)=='bf16' else torch.float32
@@ -937,6 +1061,7 @@ def cost_teller(model, spec,
     def tell(line, curve):
         done, before = line['tokens'], curve.steps[-2] if len(curve.steps)>1 else dict(tokens=0, seconds=0.)
         speed = (done-before['tokens'])/max(line['seconds']-before['seconds'], 1e-9)
-        bits = {'val_bits_per_byte': line['val_loss']/np.log(2)/bytes_per_token} if bytes_per_token and 'val_loss' in line else {}
+        bits = ({'val_bits_per_byte': line['val_loss']/np.log(2)/bytes_per_token}
+                if bytes_per_token and 'val_loss' in line else {})
         return dict(tokens_per_s=round(speed), mfu=round(speed*flops/peak, 4), **bits)
     return tell
