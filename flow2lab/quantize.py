@@ -11,16 +11,18 @@ __all__ = ['QuantMethod', 'QuantizationSpec', 'parse_tag', 'quant_spec', 'tag_qu
            'start', 'pack', 'apply', 'save_quantized', 'load_quantized', 'model_folder', 'folder_info', 'open_adapter',
            'open_model', 'merge_adapter']
 
-# %% ../nbs/40_quantize.ipynb #1f012298
+# %% ../nbs/40_quantize.ipynb #d7a16b33
 import contextlib, copy, json, logging, os, re, tempfile, warnings
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import Spec, UserError, atomic_dir, atomic_write, base_folder, bound_args, method, output_path, project_path, quantizer, relative, setting, task, to_json
-from .methods import CertificateError, adapted_layers, bare, hold, is_quantized, linear_layers, load_adapter, low_bit, repacked
+from .core import (Spec, UserError, atomic_dir, atomic_write, base_folder, bound_args, method, output_path,
+                           project_path, quantizer, relative, setting, task, to_json)
+from .methods import (CertificateError, adapted_layers, bare, hold, is_quantized, linear_layers, load_adapter,
+                              low_bit, repacked)
 
-# %% ../nbs/40_quantize.ipynb #40365a75
+# %% ../nbs/40_quantize.ipynb #f47956d8
 class QuantMethod(str, Enum):
     "How the weights of the linear layers are held"
     NoQuant = 'NoQuant'
@@ -47,9 +49,12 @@ class QuantizationSpec:
     def __repr__(self): return f'QuantizationSpec({self.tag})'
 
 _4bit = dict(weights=4, group=64)
-_usual = {'NF4': QuantizationSpec(QuantMethod.BNB4BIT, format='nf4', **_4bit), 'FP4': QuantizationSpec(QuantMethod.BNB4BIT, format='fp4', **_4bit),
-          'QLORA4': QuantizationSpec(QuantMethod.QLORA, format='nf4', **_4bit), 'QLORA8': QuantizationSpec(QuantMethod.QLORA, 8, 8, 'int8'),
-          'INT8': QuantizationSpec(QuantMethod.INT8, 8, 8, 'int8'), 'TORCHAO_INT8': QuantizationSpec(QuantMethod.TORCHAO_INT8, 8, 16, 'int8'),
+_usual = {'NF4': QuantizationSpec(QuantMethod.BNB4BIT, format='nf4', **_4bit),
+          'FP4': QuantizationSpec(QuantMethod.BNB4BIT, format='fp4', **_4bit),
+          'QLORA4': QuantizationSpec(QuantMethod.QLORA, format='nf4', **_4bit),
+          'QLORA8': QuantizationSpec(QuantMethod.QLORA, 8, 8, 'int8'),
+          'INT8': QuantizationSpec(QuantMethod.INT8, 8, 8, 'int8'),
+          'TORCHAO_INT8': QuantizationSpec(QuantMethod.TORCHAO_INT8, 8, 16, 'int8'),
           'DYNAMIC_INT8': QuantizationSpec(QuantMethod.DYNAMIC_INT8, 8, 8, 'int8')}
 
 def _usual_of(name, bits):
@@ -57,15 +62,19 @@ def _usual_of(name, bits):
     u = _usual.get(f'QLORA{bits}' if name=='QLORA' else '' if name.startswith('QLORA') else name)
     return u if u and u.weights==bits else None
 
-# %% ../nbs/40_quantize.ipynb #dc7e8142
+# %% ../nbs/40_quantize.ipynb #143476e9
 def _tag(q):
     name = q.format.upper() if q.method is QuantMethod.BNB4BIT else q.method.value
     u = _usual_of(name, q.weights)
-    parts = [f'w{q.weights}' + (f'a{q.activations}' if q.activations!=u.activations else ''), q.format if q.format!=u.format else '',
-             f'g{q.group}' if q.group!=u.group else '', 'dq' if q.double_quant else '', f'head{q.head}', f'c{q.compute}' if q.compute!=q.head else '']
+    parts = [f'w{q.weights}' + (f'a{q.activations}' if q.activations!=u.activations else ''),
+             q.format if q.format!=u.format else '',
+             f'g{q.group}' if q.group!=u.group else '',
+             'dq' if q.double_quant else '', f'head{q.head}',
+             f'c{q.compute}' if q.compute!=q.head else '']
     return '_'.join([name] + [p for p in parts if p])
 
-_grammar = re.compile(r'(?P<name>[A-Z0-9_]+?)_w(?P<w>\d+)(a(?P<a>\d+))?(_(?P<format>nf4|fp4|int8))?(_g(?P<g>\d+))?(_(?P<dq>dq))?'
+_grammar = re.compile(r'(?P<name>[A-Z0-9_]+?)_w(?P<w>\d+)(a(?P<a>\d+))?'
+                      r'(_(?P<format>nf4|fp4|int8))?(_g(?P<g>\d+))?(_(?P<dq>dq))?'
                       r'_head(?P<head>fp32|bf16|fp16)(_c(?P<c>fp32|bf16|fp16))?')
 
 def parse_tag(tag:str):
@@ -74,16 +83,22 @@ def parse_tag(tag:str):
     first, plus, after = tag.partition('+')
     m = _grammar.fullmatch(first); u = m and _usual_of(m['name'], int(m['w']))
     if not u or plus and after in ('', 'NoQuant'):
-        raise UserError(f'"{tag}" is no quantization tag. A tag looks like QLORA_w4_headbf16, NF4_w4_dq_headbf16 or NoQuant.')
-    return replace(u, activations=int(m['a'] or u.activations), format=m['format'] or u.format, group=int(m['g'] or u.group),
-                   double_quant=bool(m['dq']), head=m['head'], compute=m['c'] or m['head'], then=parse_tag(after) if after else None)
+        raise UserError(f'"{tag}" is no quantization tag. '
+                        'A tag looks like QLORA_w4_headbf16, NF4_w4_dq_headbf16 or NoQuant.')
+    return replace(u, activations=int(m['a'] or u.activations), format=m['format'] or u.format,
+                   group=int(m['g'] or u.group),
+                   double_quant=bool(m['dq']),
+                   head=m['head'], compute=m['c'] or m['head'],
+                   then=parse_tag(after) if after else None)
 
 def quant_spec(name, args):
     "The QuantizationSpec of quantizer `name` with `args`"
-    return quantizer[name].spec(AttrDict(bound_args('quantizer', quantizer[name], args))) if name else QuantizationSpec()
+    return (quantizer[name].spec(AttrDict(bound_args('quantizer', quantizer[name], args))) if name else
+            QuantizationSpec())
 
 def tag_quant(spec):
-    "The tag of a QuantizationSpec, or of all that a Spec quantizes: before training (QLORA_...), after it, both, or NoQuant"
+    "The tag of a QuantizationSpec, or of all that a Spec quantizes: before training (QLORA_...), after it, both, " \
+    "or NoQuant"
     if not hasattr(spec, 'base_quant'):
         if spec.method is QuantMethod.NoQuant: return 'NoQuant'
         return _tag(spec) + (f'+{tag_quant(spec.then)}' if spec.then else '')
@@ -92,10 +107,12 @@ def tag_quant(spec):
     if spec.task: before = replace(before, method=QuantMethod.QLORA)
     return tag_quant(replace(before, then=after if spec.quant else None))
 
-# %% ../nbs/40_quantize.ipynb #50446696
+# %% ../nbs/40_quantize.ipynb #25e5d42e
 def _plain(model):
-    if hasattr(model, 'peft_config'): raise UserError('quantize: the model carries an adapter. Merge it first: merge(model).')
-    if is_quantized(model): raise UserError('quantize: the model is quantized already. Start from its base, or from merge(model).')
+    if hasattr(model, 'peft_config'):
+        raise UserError('quantize: the model carries an adapter. Merge it first: merge(model).')
+    if is_quantized(model):
+        raise UserError('quantize: the model is quantized already. Start from its base, or from merge(model).')
     return model
 
 @contextlib.contextmanager
@@ -106,7 +123,8 @@ def _source(model, dtype):
         if not (preset(model) and not base_folder(model)) and not locate(model)[1]: yield str(model), 'auto'; return
         model = load_model(model, dtype=dtype)                              # a preset or a GGUF file
     with tempfile.TemporaryDirectory() as d:
-        model = _plain(model); gguf = getattr(model, 'hf_quantizer', None) is not None          # from_pretrained marks it as not to be saved
+        # from_pretrained marks it as not to be saved
+        model = _plain(model); gguf = getattr(model, 'hf_quantizer', None) is not None
         (dense(model) if gguf else model).save_pretrained(d); yield d, model.device.type
 
 @contextlib.contextmanager
@@ -120,21 +138,25 @@ def _quiet():
         if shown: hf.enable_progress_bar()
 
 def kept_whole(model):
-    "Layers of `model` (loaded, or a folder or hub id) that no quantizer may touch: Mamba multiplies by the weight of dt_proj and never calls the layer"
+    "Layers of `model` (loaded, or a folder or hub id) that no quantizer may touch: " \
+    "Mamba multiplies by the weight of dt_proj and never calls the layer"
     from transformers import AutoConfig
     from flow2lab.models import locate
-    cfg = AutoConfig.from_pretrained(locate(model)[0], trust_remote_code=False) if isinstance(model, (str, Path)) else bare(model).config
+    cfg = (AutoConfig.from_pretrained(locate(model)[0], trust_remote_code=False) if isinstance(model, (str, Path)) else
+           bare(model).config)
     return ['dt_proj'] if cfg.model_type in ('mamba', 'falcon_mamba', 'jamba') else []
 
 def _by_config(model, name, args, config):
     "`model` quantized by transformers while loading, everything but its linear layers in dtype `args['head']`"
     from flow2lab.models import load_model
     with _quiet(), _source(model, args['head']) as (where, device):
-        if (skip := kept_whole(where)): setattr(config, 'llm_int8_skip_modules' if hasattr(config, 'llm_int8_skip_modules') else 'modules_to_not_convert',
-                                                   [rf'.*\.{n}' for n in skip] + ['lm_head'])
+        if (skip := kept_whole(where)):
+            setattr(config,
+                    'llm_int8_skip_modules' if hasattr(config, 'llm_int8_skip_modules') else 'modules_to_not_convert',
+                    [rf'.*\.{n}' for n in skip] + ['lm_head'])
         return _checked(load_model(where, dtype=args['head'], device=device, quantization_config=config), name, args)
 
-# %% ../nbs/40_quantize.ipynb #3bb2996f
+# %% ../nbs/40_quantize.ipynb #a325862d
 def quantized_layers(model):
     "Names of the linear layers whose weights are held in fewer bits"
     mods = dict(bare(model).named_modules())
@@ -142,28 +164,35 @@ def quantized_layers(model):
 
 def _checked(model, name, args):
     "`model`, marked as quantized by `name`; raises when a linear layer was missed or the head was touched"
-    missed = sorted(n for n in set(linear_layers(model)) - set(quantized_layers(model)) if n.rpartition('.')[2] not in kept_whole(model))
-    if missed: raise UserError(f'quantizer {name}: {len(missed)} of {len(linear_layers(model))} linear layers were not quantized, e.g. {missed[0]} '
-                               f'({type(model.get_submodule(missed[0])).__name__}). Choose another quantizer for this architecture.')
+    missed = sorted(n for n in set(linear_layers(model)) - set(quantized_layers(model))
+                    if n.rpartition('.')[2] not in kept_whole(model))
+    if missed:
+        raise UserError(f'quantizer {name}: {len(missed)} of {len(linear_layers(model))} linear layers '
+                        f'were not quantized, e.g. {missed[0]} '
+                        f'({type(model.get_submodule(missed[0])).__name__}). '
+                        'Choose another quantizer for this architecture.')
     head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
     assert type(head).__name__=='Linear' and type(head.weight).__name__=='Parameter', 'the head must stay as it was'
-    assert not tied or head.weight is model.get_input_embeddings().weight, 'head and embedding must go on sharing their weight'
+    assert not tied or head.weight is model.get_input_embeddings().weight, \
+        'head and embedding must go on sharing their weight'
     model.quantized_by, model.quantization = name, quant_spec(name, args)
     return hold(model).eval()
 
-# %% ../nbs/40_quantize.ipynb #821aed7c
+# %% ../nbs/40_quantize.ipynb #9a7df5cf
 _no_svd = 'its start needs the singular values of the full-precision weight'
 _packed = 'PEFT takes its shapes from the packed 4-bit weight'
 _fp32_head = lambda a: '' if a.head=='fp32' else 'PEFT mixes fp32 and bf16 there; give base_quant_args head="fp32"'
 _not_on_4bit = dict(pissa=_no_svd, loha=_packed, lokr=_packed, ia3=_fp32_head)
 
 def _bnb4_spec(format):
-    return lambda a: replace(_usual[format.upper()], double_quant=a.double_quant, head=a.head, compute=a.compute or a.head)
+    return lambda a: replace(_usual[format.upper()], double_quant=a.double_quant,
+                             head=a.head, compute=a.compute or a.head)
 
 def _bnb4(model, format, **args):
     from transformers import BitsAndBytesConfig
     from flow2lab.models import pick_dtype
-    c = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=format, bnb_4bit_use_double_quant=args['double_quant'],
+    c = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=format,
+                           bnb_4bit_use_double_quant=args['double_quant'],
                            bnb_4bit_compute_dtype=pick_dtype(args['compute'] or args['head']))
     return _by_config(model, format, args, c)
 
@@ -180,40 +209,51 @@ def fp4(model, calibration=None, /, double_quant:bool=False, head:str='bf16', co
     "4-bit floating point (1 sign, 2 exponent, 1 fraction bit), by bitsandbytes"
     return _bnb4(model, 'fp4', double_quant=double_quant, head=head, compute=compute)
 
-# %% ../nbs/40_quantize.ipynb #22725e57
+# %% ../nbs/40_quantize.ipynb #700ecd4a
 @quantizer(trains=True, saves=True, spec=lambda a: replace(_usual['INT8'], head=a.head, compute=a.head),
-           refuses=dict(pissa=_no_svd, dora='PEFT loses the scales after the first step', ia3=_fp32_head, adalora=_fp32_head))
+           refuses=dict(pissa=_no_svd, dora='PEFT loses the scales after the first step',
+                        ia3=_fp32_head, adalora=_fp32_head))
 def int8(model, calibration=None, /, head:str='bf16'):
-    "LLM.int8: 8-bit rows times 8-bit activations, outliers apart (Dettmers et al., 2022, arXiv:2208.07339), by bitsandbytes"
+    "LLM.int8: 8-bit rows times 8-bit activations, outliers apart (Dettmers et al., 2022, arXiv:2208.07339), " \
+    "by bitsandbytes"
     from transformers import BitsAndBytesConfig
     return _by_config(model, 'int8', dict(head=head), BitsAndBytesConfig(load_in_8bit=True))
 
-@quantizer(trains=True, saves=True, spec=lambda a: replace(_usual['TORCHAO_INT8'], head=a.head, compute=a.head), refuses=dict(pissa=_no_svd))
+@quantizer(trains=True, saves=True, spec=lambda a: replace(_usual['TORCHAO_INT8'], head=a.head, compute=a.head),
+    refuses=dict(pissa=_no_svd))
 def torchao_int8(model, calibration=None, /, head:str='bf16'):
     "8-bit rows, products in the head's dtype, by torchao; made for torch.compile"
     from transformers import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
-    c = Int8WeightOnlyConfig(set_inductor_config=False)      # True changes torch's matmul precision for the whole process
+    # True changes torch's matmul precision for the whole process
+    c = Int8WeightOnlyConfig(set_inductor_config=False)
     return _by_config(model, 'torchao_int8', dict(head=head), TorchAoConfig(c))
 
-@quantizer(trains=False, saves=False, spec=lambda a: replace(_usual['DYNAMIC_INT8'], head='fp32', compute='fp32'), refuses={})
+@quantizer(trains=False, saves=False, spec=lambda a: replace(_usual['DYNAMIC_INT8'], head='fp32', compute='fp32'),
+    refuses={})
 def dynamic_int8(model, calibration=None, /):
     "8-bit weights and activations whose scale is taken as they come, by torch; on the CPU, the rest in fp32"
     import torch
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     from flow2lab.models import load_model
-    model = load_model(model, dtype='fp32', device='cpu') if isinstance(model, (str, Path)) else copy.deepcopy(_plain(model)).float().cpu()
+    model = (load_model(model, dtype='fp32', device='cpu') if isinstance(model, (str, Path)) else
+             copy.deepcopy(_plain(model)).float().cpu())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DeprecationWarning)
-        model = quantize_dynamic(model, {n: per_channel_dynamic_qconfig for n in linear_layers(model) if n.rpartition('.')[2] not in kept_whole(model)}, dtype=torch.qint8, inplace=True)
+        model = quantize_dynamic(model,
+                                 {n: per_channel_dynamic_qconfig for n in linear_layers(model)
+                                  if n.rpartition('.')[2] not in kept_whole(model)},
+                                 dtype=torch.qint8, inplace=True)
     return _checked(model, 'dynamic_int8', {})
 
-# %% ../nbs/40_quantize.ipynb #075fe1d8
+# %% ../nbs/40_quantize.ipynb #bed946ff
 def _parts(t):
     "The plain tensors that make up `t`"
     if t is None: return []
     if hasattr(t, '__tensor_flatten__'): return [p for n in t.__tensor_flatten__()[0] for p in _parts(getattr(t, n))]
-    if t.is_quantized: return [t.int_repr()] + ([t.q_per_channel_scales(), t.q_per_channel_zero_points()] if 'channel' in str(t.qscheme()) else [])
+    if t.is_quantized:
+        return [t.int_repr()] + (
+            [t.q_per_channel_scales(), t.q_per_channel_zero_points()] if 'channel' in str(t.qscheme()) else [])
     q = getattr(t, 'quant_state', None)
     nested = [q.state2.absmax, q.state2.code, q.offset] if q is not None and q.nested else []
     return [t.detach()] + ([q.absmax, q.code] + nested if q is not None else _parts(getattr(t, 'SCB', None)))
@@ -222,12 +262,16 @@ def held_tensors(model, buffers=True):
     "{name: plain tensor} of everything `model` holds, each storage once"
     import torch
     found = [(n, p) for n,p in model.named_parameters()] + [(n, b) for n,b in model.named_buffers()]*buffers
-    found += [(n, m.state.SCB) for n,m in model.named_modules() if getattr(getattr(m, 'state', None), 'SCB', None) is not None]
-    found += [(n, t) for n,m in model.named_modules() if 'quantized.dynamic' in type(m).__module__ and hasattr(m, 'in_features') for t in m._weight_bias()]
+    found += [(n, m.state.SCB) for n,m in model.named_modules()
+              if getattr(getattr(m, 'state', None), 'SCB', None) is not None]
+    found += [(n, t) for n,m in model.named_modules()
+              if 'quantized.dynamic' in type(m).__module__ and hasattr(m, 'in_features')
+              for t in m._weight_bias()]
     seen = {}
     for n,t in found:
         for i,p in enumerate(_parts(t)):
-            p = p.as_subclass(torch.Tensor); seen.setdefault((p.untyped_storage().data_ptr(), p.numel()), (f'{n}.{i}', p))
+            p = p.as_subclass(torch.Tensor)
+            seen.setdefault((p.untyped_storage().data_ptr(), p.numel()), (f'{n}.{i}', p))
     return dict(seen.values())
 
 def size_in_memory(model):
@@ -239,10 +283,11 @@ def size_on_disk(model):
     from safetensors.torch import save_file
     if (known := getattr(model, 'disk_bytes', None)): return known
     with tempfile.TemporaryDirectory() as d:
-        save_file({n: t.cpu().contiguous() for n,t in held_tensors(model, buffers=False).items()}, f'{d}/m.safetensors')
+        save_file({n: t.cpu().contiguous() for n,t in held_tensors(model, buffers=False).items()},
+                  f'{d}/m.safetensors')
         return os.path.getsize(f'{d}/m.safetensors')
 
-# %% ../nbs/40_quantize.ipynb #b3780751
+# %% ../nbs/40_quantize.ipynb #3b9befe3
 def why_not(base_quant, args, meth):
     "Why `meth` cannot train on a base quantized by `base_quant`, or ''"
     q = quantizer[base_quant]
@@ -254,24 +299,29 @@ def why_not(base_quant, args, meth):
 def check_combination(spec):
     "Raise `UserError` for what the libraries cannot do together, by name and before anything is loaded"
     for kind, name in (('base_quant', spec.base_quant), ('quant', spec.quant)):
-        if name and spec.backend!='hf': raise UserError(f'{kind}={name}: runs in backend hf only, and this Spec says {spec.backend}')
-    if spec.backend!='hf' and spec.bench: raise UserError(f'bench: measures backend hf only, and this Spec says {spec.backend}')
-    if spec.backend=='gguf' and (spec.task or isinstance(spec.base, Spec)): raise UserError('backend gguf: runs GGUF files, and what is trained here is none; use hf or mlx')
+        if name and spec.backend!='hf':
+            raise UserError(f'{kind}={name}: runs in backend hf only, and this Spec says {spec.backend}')
+    if spec.backend!='hf' and spec.bench:
+        raise UserError(f'bench: measures backend hf only, and this Spec says {spec.backend}')
+    if spec.backend=='gguf' and (spec.task or isinstance(spec.base, Spec)):
+        raise UserError('backend gguf: runs GGUF files, and what is trained here is none; use hf or mlx')
     if spec.base_quant and spec.task and (why := why_not(spec.base_quant, spec.base_quant_args, spec.method)):
         raise UserError(f'base_quant={spec.base_quant} with method={spec.method}: {why}')
     if spec.base_quant and spec.quant and not spec.task:
         raise UserError('base_quant and quant without training between them: quantize once, with quant')
     if spec.quant and spec.task and not getattr(method[spec.method], 'merges', True):
-        raise UserError(f'quant={spec.quant} with method={spec.method}: its parameters cannot be merged into weights; use base_quant')
+        raise UserError(f'quant={spec.quant} with method={spec.method}: its parameters cannot be merged into weights; '
+                        'use base_quant')
 
-# %% ../nbs/40_quantize.ipynb #998b0091
+# %% ../nbs/40_quantize.ipynb #90c1daac
 def dense_weight(m):
     "The fp32 weight of a linear layer, dequantized where needed, in the orientation of the class it came from"
     w = m.weight() if callable(m.weight) else m.weight
     if getattr(w, 'quant_state', None) is not None:
         from bitsandbytes.functional import dequantize_4bit
         d = dequantize_4bit(w.data, w.quant_state)
-    elif type(w).__name__=='Int8Params': d = w.data.float()*(w.SCB if w.SCB is not None else m.state.SCB).view(-1, 1)/127
+    elif type(w).__name__=='Int8Params':
+        d = w.data.float()*(w.SCB if w.SCB is not None else m.state.SCB).view(-1, 1)/127
     else: d = w.dequantize() if low_bit(m) else w.detach()
     return (d.T if getattr(m, 'source_cls', type(m)).__name__=='Conv1D' and type(m).__name__!='Conv1D' else d).float()
 
@@ -286,7 +336,8 @@ def _empty_like(m):
 
 def dense(model):
     "A fresh fp32 copy of the base of `model`: adapters left out, quantized layers dequantized"
-    if (bad := repacked(model)): raise UserError(f'{bad[0]}: repacked by bitsandbytes for the CPU, its weights are gone. Load it afresh.')
+    if (bad := repacked(model)):
+        raise UserError(f'{bad[0]}: repacked by bitsandbytes for the CPU, its weights are gone. Load it afresh.')
     m = bare(model); new, mods = _empty_like(m), dict(m.named_modules())
     sd = {f'{n}.weight': dense_weight(getattr(mods[n], 'base_layer', mods[n])) for n in linear_layers(m)}
     wanted = set(new.state_dict()) - set(sd)
@@ -295,13 +346,15 @@ def dense(model):
     new.load_state_dict(sd); new.tie_weights()
     return new.eval()
 
-# %% ../nbs/40_quantize.ipynb #62f68656
+# %% ../nbs/40_quantize.ipynb #70a58ff6
 def _rel(a, b): return ((a-b).norm()/b.norm()).item()
 
 def _probe(model):
     "Logits of `model` for 16 tokens that are the same each time"
     import torch
-    m = bare(model); ids = torch.randint(0, m.config.get_text_config().vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(m.device)
+    m = bare(model)
+    ids = torch.randint(0, m.config.get_text_config().vocab_size, (1, 16),
+                        generator=torch.Generator().manual_seed(0)).to(m.device)
     was = model.training; model.eval()
     with torch.no_grad(): out = model(input_ids=ids).logits.float()
     model.train(was)
@@ -321,42 +374,53 @@ def _same_adapter(was, now, layers, copies):
     "Raise unless the copied adapter has equal tensors and equal scales"
     import torch
     for k,v in was.items():
-        if k not in now or not torch.equal(v.cpu().float(), now[k].cpu().float()): raise CertificateError(f'merge: {k} was lost on the way')
+        if k not in now or not torch.equal(v.cpu().float(), now[k].cpu().float()):
+            raise CertificateError(f'merge: {k} was lost on the way')
     for n,l in layers.items():
-        if getattr(l, 'scaling', None)!=getattr(copies[n], 'scaling', None): raise CertificateError(f'merge: {n} has another scale than in training')
+        if getattr(l, 'scaling', None)!=getattr(copies[n], 'scaling', None):
+            raise CertificateError(f'merge: {n} has another scale than in training')
 
 def merge(model,             # With an adapter, on any base; or quantized, to be dequantized
           dtype='fp32',      # Of the result
           exact=None,        # Allowed relative error of the merge itself; 1e-6 in fp32 and 1e-2 in bf16 if not given
           like=0.25):        # Allowed relative difference from `model`, which may compute in bf16 or int8
-    "A fresh model that computes what `model` does, without adapter and quantization. Raises `CertificateError` when it doesn't"
+    "A fresh model that computes what `model` does, without adapter and quantization. " \
+    "Raises `CertificateError` when it doesn't"
     import torch
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from flow2lab.models import pick_dtype
     if not hasattr(model, 'peft_config'): return dense(model).to(pick_dtype(dtype))
     cfg = copy.deepcopy(model.peft_config['default'])
-    if cfg.is_prompt_learning: raise UserError('merge: a learned prompt cannot be merged into weights; keep the adapter')
-    if hasattr(cfg, 'init_lora_weights'): cfg.init_lora_weights = True              # PiSSA's residual is in the base already
+    if cfg.is_prompt_learning:
+        raise UserError('merge: a learned prompt cannot be merged into weights; keep the adapter')
+    # PiSSA's residual is in the base already
+    if hasattr(cfg, 'init_lora_weights'): cfg.init_lora_weights = True
     beside = get_peft_model(dense(model), cfg)
-    tensors = lambda m: get_peft_model_state_dict(m, save_embedding_layers=False)    # 'auto' asks the hub about the base's vocabulary
+    # 'auto' asks the hub about the base's vocabulary
+    tensors = lambda m: get_peft_model_state_dict(m, save_embedding_layers=False)
     state = tensors(model); set_peft_model_state_dict(beside, state)
     _same_adapter(state, tensors(beside), adapted_layers(model), adapted_layers(beside))
     want = _exactly(beside.eval())
-    if (off := _rel(want, _probe(model))) > like: raise CertificateError(f'merge: the adapter on the dequantized base differs by {off:.2g} from the model')
-    merged = beside.merge_and_unload(safe_merge=True).to(pick_dtype(dtype)).eval(); exact = exact or (1e-6 if dtype=='fp32' else 1e-2)
-    if (e := _rel(_exactly(merged), want)) > exact: raise CertificateError(f'merge: relative error {e:.2g} in {dtype}, {exact:.0e} allowed')
+    if (off := _rel(want, _probe(model))) > like:
+        raise CertificateError(f'merge: the adapter on the dequantized base differs by {off:.2g} from the model')
+    merged = beside.merge_and_unload(safe_merge=True).to(pick_dtype(dtype)).eval()
+    exact = exact or (1e-6 if dtype=='fp32' else 1e-2)
+    if (e := _rel(_exactly(merged), want)) > exact:
+        raise CertificateError(f'merge: relative error {e:.2g} in {dtype}, {exact:.0e} allowed')
     merged.merged = dict(error=e, allowed=exact, from_model=off)
     return merged
 
-# %% ../nbs/40_quantize.ipynb #2b23008e
+# %% ../nbs/40_quantize.ipynb #d1e3fa01
 def load_base(spec,          # Says base, base_quant and base_quant_args
               base=None,     # To load instead of spec.base, e.g. the folder of the run that spec.base names
               **kw):         # To load_model, when nothing is quantized
-    "The model that `spec` starts from, quantized if it says so. Raises `UserError` for a combination that cannot train"
+    "The model that `spec` starts from, quantized if it says so. " \
+    "Raises `UserError` for a combination that cannot train"
     from flow2lab.models import load_model
     check_combination(spec)
     base = spec.base if base is None else base
-    return quantizer[spec.base_quant](base, None, **spec.base_quant_args) if spec.base_quant else load_model(base, **kw)
+    return (quantizer[spec.base_quant](base, None, **spec.base_quant_args) if spec.base_quant else
+            load_model(base, **kw))
 
 def trained_weights(spec):
     "The folder that the run of `spec` left its weights in; `UserError` when it is not there"
@@ -366,7 +430,8 @@ def trained_weights(spec):
     raise UserError(f'{spec.name}: its trained weights are not in {relative(out)}. Run it again with --force.')
 
 def tokenizer_of(spec):
-    "The tokenizer of the base that `spec` goes back to (a model that starts from nothing has its data's), with the template that its task asks for"
+    "The tokenizer of the base that `spec` goes back to (a model that starts from nothing has its data's), " \
+    "with the template that its task asks for"
     from flow2lab.models import load_tokenizer
     from flow2lab.stages import with_template
     if isinstance(spec.base, Spec): tok = tokenizer_of(spec.base)
@@ -376,7 +441,9 @@ def tokenizer_of(spec):
 def _fresh(spec):
     "The task of a Spec that starts a model from nothing and brings the tokenizer, else None"
     from flow2lab.models import preset
-    if not spec.task or not hasattr(task[spec.task], 'tokenizer') or isinstance(spec.base, Spec) or base_folder(spec.base): return None
+    if (not spec.task or not hasattr(task[spec.task], 'tokenizer') or isinstance(spec.base, Spec) or
+        base_folder(spec.base)):
+        return None
     return task[spec.task] if preset(spec.base) else None
 
 def start(spec):
@@ -384,52 +451,65 @@ def start(spec):
     if _fresh(spec): return load_base(spec, dtype=spec.dtype, vocab=len(tokenizer_of(spec)), seed=spec.seed)
     if not isinstance(spec.base, Spec): return load_base(spec, dtype=spec.dtype)
     folder = trained_weights(spec.base)
-    if folder.name=='last': return load_base(spec, base=str(folder), **({} if spec.base_quant else dict(dtype=spec.dtype)))
-    with _quiet(): model = merge(load_adapter(start(spec.base.but(quant='')), folder), dtype='fp32' if spec.quant or spec.base_quant or spec.dtype=='auto' else spec.dtype)
+    if folder.name=='last':
+        return load_base(spec, base=str(folder), **({} if spec.base_quant else dict(dtype=spec.dtype)))
+    with _quiet():
+        model = merge(load_adapter(start(spec.base.but(quant='')), folder),
+            dtype='fp32' if spec.quant or spec.base_quant or spec.dtype=='auto' else spec.dtype)
     return quantizer[spec.base_quant](model, None, **spec.base_quant_args) if spec.base_quant else model
 
 def pack(model):
-    "Let bitsandbytes repack 4-bit layers for the CPU; no training, merging or saving after that. Not under DoRA, which reads the weights"
+    "Let bitsandbytes repack 4-bit layers for the CPU; no training, merging or saving after that. " \
+    "Not under DoRA, which reads the weights"
     if any('lora_magnitude_vector' in n for n,_ in model.named_modules()): return model
     if bare(model).device.type=='cpu' and any(hasattr(m, 'support_avx512bf16_for_cpu') for m in model.modules()):
         model.disk_bytes = size_on_disk(model); hold(model, False)
     return model
 
 def apply(model, spec):
-    "The trained `model` as `spec.quant` wants it, ready to evaluate: merged in fp32 where needed, then quantized by a fresh load"
+    "The trained `model` as `spec.quant` wants it, ready to evaluate: merged in fp32 where needed, " \
+    "then quantized by a fresh load"
     check_combination(spec)
     if spec.quant:
         if hasattr(model, 'peft_config') or is_quantized(model): model = merge(model)
         model = quantizer[spec.quant](model, None, **spec.quant_args)
     return pack(model.eval())
 
-# %% ../nbs/40_quantize.ipynb #7a1f80ec
+# %% ../nbs/40_quantize.ipynb #2e4d7f3a
 def save_quantized(model, folder, tok=None):
     "Write a quantized `model` (and tokenizer) to `folder`, whole or not at all, with its tag in flow2lab.json"
     q = getattr(model, 'quantized_by', '')
-    if hasattr(model, 'peft_config'): raise UserError('save_quantized: carries an adapter. Use save_adapter, or merge and quantize again.')
+    if hasattr(model, 'peft_config'):
+        raise UserError('save_quantized: carries an adapter. Use save_adapter, or merge and quantize again.')
     if not q: raise UserError('save_quantized: not quantized by flow2lab; use model.save_pretrained(folder).')
-    if not quantizer[q].saves: raise UserError(f'save_quantized: {q} has no safe file format. Save the model before it and quantize after loading.')
-    if repacked(model): raise UserError('save_quantized: repacked by bitsandbytes for the CPU. Save it before the first use, or quantize afresh.')
+    if not quantizer[q].saves:
+        raise UserError(f'save_quantized: {q} has no safe file format. '
+                        'Save the model before it and quantize after loading.')
+    if repacked(model):
+        raise UserError('save_quantized: repacked by bitsandbytes for the CPU. '
+                        'Save it before the first use, or quantize afresh.')
     with _quiet(), atomic_dir(folder) as d:
         model.save_pretrained(d)
         if tok is not None: tok.save_pretrained(d)
-        (d/'flow2lab.json').write_text(to_json(dict(quantizer=q, tag=model.quantization.tag), indent=1)+'\n', encoding='utf-8')
+        (d/'flow2lab.json').write_text(to_json(dict(quantizer=q, tag=model.quantization.tag), indent=1)+'\n',
+                                       encoding='utf-8')
     return Path(folder)
 
 def load_quantized(folder, device='auto'):
     "The model that `save_quantized` wrote"
     from flow2lab.models import load_model
     f = Path(folder)/'flow2lab.json'
-    if not f.is_file(): raise UserError(f'{Path(folder).name}: no flow2lab.json. A quantized folder is what `save_quantized` wrote.')
+    if not f.is_file():
+        raise UserError(f'{Path(folder).name}: no flow2lab.json. A quantized folder is what `save_quantized` wrote.')
     info = json.loads(f.read_text(encoding='utf-8')); spec = parse_tag(info['tag'])
     with _quiet(): model = hold(load_model(folder, dtype=spec.head, device=device))
     model.quantized_by, model.quantization = info['quantizer'], spec
     return model
 
-# %% ../nbs/40_quantize.ipynb #8417d3e0
+# %% ../nbs/40_quantize.ipynb #35ae9101
 def model_folder(where):
-    "The folder that `where` means: given as it is, from the project root or below the outputs; of a run, its adapter or else its last weights"
+    "The folder that `where` means: given as it is, from the project root or below the outputs; " \
+    "of a run, its adapter or else its last weights"
     for p in (Path(where).expanduser(), project_path(where), project_path(setting('outputs'), where)):
         for f in (p, p/'adapter', p/'last'):
             if (f/'config.json').is_file() or (f/'adapter_config.json').is_file(): return f.resolve()
@@ -441,10 +521,14 @@ def folder_info(folder):
 
 def open_adapter(folder, dtype='auto',
                  base=''):       # In place of the one it names, which may have moved
-    "(model with the adapter in `folder` on its base, tokenizer, Spec it was trained by). Raises `UserError` for another base or tokenizer"
+    "(model with the adapter in `folder` on its base, tokenizer, Spec it was trained by). " \
+    "Raises `UserError` for another base or tokenizer"
     info = folder_info(folder)
-    if 'spec' not in info: raise UserError(f'{relative(folder)}: an adapter without flow2lab.json, so its base cannot be checked. Load it with peft, or train it here.')
-    s = Spec.from_dict(info['spec']).but(quant='', **(dict(base=base) if base else {}), **(dict(dtype=dtype) if dtype!='auto' else {}))
+    if 'spec' not in info:
+        raise UserError(f'{relative(folder)}: an adapter without flow2lab.json, so its base cannot be checked. '
+                        'Load it with peft, or train it here.')
+    s = Spec.from_dict(info['spec']).but(quant='', **(dict(base=base) if base else {}),
+                                         **(dict(dtype=dtype) if dtype!='auto' else {}))
     tok = tokenizer_of(s)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                     # PEFT looks for the base on the hub
@@ -460,32 +544,43 @@ def open_model(where,              # Shipped name, folder (full, quantized, adap
     if 'quantizer' in folder_info(f): return load_quantized(f, device), load_tokenizer(f)
     return load_model(f, dtype=dtype, device=device), load_tokenizer(f)
 
-# %% ../nbs/40_quantize.ipynb #1f289a57
+# %% ../nbs/40_quantize.ipynb #dce50ebb
 def merge_adapter(adapter,          # Folder of an adapter, or of the run that trained it
-                  base_dtype='',    # fp32 or bf16; '' for fp32, and for a base that was quantized to quantize the result again
+                  # fp32 or bf16; '' for fp32, and for a base that was quantized to quantize the result again
+                  base_dtype='',
                   out='',           # Folder to write; beside the adapter's own in the outputs if not given
                   base=''):         # In place of the base that the adapter names
-    "Merge an adapter into its base; what was written and how exact it is. Raises `UserError` for what cannot be merged, with the reason"
-    if base_dtype not in ('', 'fp32', 'bf16'): raise UserError(f'base_dtype={base_dtype}: fp32, bf16, or leave it out.')
+    "Merge an adapter into its base; what was written and how exact it is. " \
+    "Raises `UserError` for what cannot be merged, with the reason"
+    if base_dtype not in ('', 'fp32', 'bf16'):
+        raise UserError(f'base_dtype={base_dtype}: fp32, bf16, or leave it out.')
     f = model_folder(adapter)
-    if f is None: raise UserError(f'{adapter}: no adapter here. Give the folder that holds adapter_config.json, or that of its run.')
-    if not (f/'adapter_config.json').is_file(): raise UserError(f'{relative(f)}: holds a model, not an adapter: there is nothing to merge.')
+    if f is None:
+        raise UserError(f'{adapter}: no adapter here. '
+                        'Give the folder that holds adapter_config.json, or that of its run.')
+    if not (f/'adapter_config.json').is_file():
+        raise UserError(f'{relative(f)}: holds a model, not an adapter: there is nothing to merge.')
     name = f.parent.name if f.name=='adapter' else f.name
     to = Path(out).expanduser() if out else project_path(setting('outputs'), f'{name}-merged')
-    if to.exists() and not (to/'merge.json').is_file(): raise UserError(f'{out}: exists and is no merge of ours. Choose another folder with --out.')
-    with _quiet(): model, tok, s = open_adapter(f, 'auto' if folder_info(f).get('spec', {}).get('base_quant') else 'fp32', base)
+    if to.exists() and not (to/'merge.json').is_file():
+        raise UserError(f'{out}: exists and is no merge of ours. Choose another folder with --out.')
+    with _quiet():
+        model, tok, s = open_adapter(f, 'auto' if folder_info(f).get('spec', {}).get('base_quant') else 'fp32', base)
     again = s.base_quant if not base_dtype else ''
-    if again and not quantizer[again].saves: raise UserError(f'{again}: has no file format to quantize into again. Give --base-dtype fp32 or bf16.')
+    if again and not quantizer[again].saves:
+        raise UserError(f'{again}: has no file format to quantize into again. Give --base-dtype fp32 or bf16.')
     try: merged = merge(model, base_dtype or 'fp32')
     except CertificateError as e: raise UserError(f'{relative(f)}: {e}. Nothing was written.') from e
-    info = dict(adapter=relative(f), base=str(_origin(s)), weights=folder_info(f)['weights'], dtype=base_dtype or 'fp32', **merged.merged)
+    info = dict(adapter=relative(f), base=str(_origin(s)), weights=folder_info(f)['weights'],
+                dtype=base_dtype or 'fp32', **merged.merged)
     if again:
         merged = quantizer[again](merged, None, **s.base_quant_args)
         info.update(dtype=merged.quantization.tag, requantized=_rel(_probe(merged), _probe(model)))
         save_quantized(merged, to, tok); atomic_write(to/'merge.json', to_json(info, indent=1)+'\n')
         return dict(info, folder=str(to))
     with atomic_dir(to) as d:
-        merged.save_pretrained(d); tok.save_pretrained(d); (d/'merge.json').write_text(to_json(info, indent=1)+'\n', encoding='utf-8')
+        merged.save_pretrained(d); tok.save_pretrained(d)
+        (d/'merge.json').write_text(to_json(info, indent=1)+'\n', encoding='utf-8')
     return dict(info, folder=str(to))
 
 def _origin(spec): return _origin(spec.base) if isinstance(spec.base, Spec) else spec.base
