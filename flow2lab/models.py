@@ -17,12 +17,15 @@ from urllib.parse import urlparse
 from fastcore.basics import AttrDict
 from .core import UserError, arch, base_folder, check_names, nearest, project_path, relative, setting
 
-# %% ../nbs/20_models.ipynb #a0a0d73b
+# %% ../nbs/20_models.ipynb #84d83aad
 def of_depth(size):
-    "Dimensions of a size such as `d8`: so many layers, 64 of width and one head of 64 for each, a third of the heads for keys, SwiGLU of 3.75 widths"
+    "Dimensions of a size such as `d8`: so many layers, 64 of width and one head of 64 for each, " \
+    "a third of the heads for keys, SwiGLU of 3.75 widths"
     if not (m := re.fullmatch(r'd([1-9]\d?)', str(size))): return None
     n = int(m[1])
-    return dict(d=64*n, layers=n, ffn=240*n, heads=n, kv=max(k for k in range(1, max(1, n//3)+1) if n%k==0), vocab=32_000, context=2048)
+    return dict(d=64*n, layers=n, ffn=240*n, heads=n,
+                kv=max(k for k in range(1, max(1, n//3)+1) if n%k==0),
+                vocab=32_000, context=2048)
 
 @arch(sizes=dict(micro=dict(d=128, layers=5, ffn=384, heads=4, kv=2, vocab=1024, context=512),
                  nano=dict(d=192, layers=4, ffn=640, heads=6, kv=2, vocab=1024, context=512),             #   2.07 M
@@ -32,17 +35,21 @@ def of_depth(size):
 def transformer(size:str='nano',  # One of `transformer.sizes`, or d1 to d99 by depth alone
                 vocab:int=0,      # Vocabulary size, 0 for the size's own
                 context:int=0):   # Longest sequence, in tokens, 0 for the size's own
-    "Qwen3: grouped-query attention with normed queries and keys, SwiGLU, tied embeddings (Qwen team, 2025, arXiv:2505.09388)"
+    "Qwen3: grouped-query attention with normed queries and keys, SwiGLU, tied embeddings (Qwen team, 2025, " \
+    "arXiv:2505.09388)"
     from transformers import Qwen3Config
     if not (dims := of_depth(size)): check_names('size of transformer', [size], transformer.sizes)
     s = AttrDict(dims or transformer.sizes[size])
-    return Qwen3Config(intermediate_size=s.ffn, head_dim=s.d//s.heads, rope_theta=10_000., **_common(s, vocab), **_heads(s, context))
+    return Qwen3Config(intermediate_size=s.ffn, head_dim=s.d//s.heads, rope_theta=10_000.,
+                       **_common(s, vocab), **_heads(s, context))
 
-def _common(s, vocab): return dict(vocab_size=vocab or s.vocab, hidden_size=s.d, num_hidden_layers=s.layers, tie_word_embeddings=True,
-                                   bos_token_id=None, eos_token_id=0, pad_token_id=1)
-def _heads(s, context): return dict(num_attention_heads=s.heads, num_key_value_heads=s.kv, max_position_embeddings=context or s.context)
+def _common(s, vocab):
+    return dict(vocab_size=vocab or s.vocab, hidden_size=s.d, num_hidden_layers=s.layers, tie_word_embeddings=True,
+                bos_token_id=None, eos_token_id=0, pad_token_id=1)
+def _heads(s, context):
+    return dict(num_attention_heads=s.heads, num_key_value_heads=s.kv, max_position_embeddings=context or s.context)
 
-# %% ../nbs/20_models.ipynb #6abdac31
+# %% ../nbs/20_models.ipynb #951f476f
 _as_transformer = lambda size, **kw: dict(transformer.sizes[size], **kw)
 
 @arch(sizes=dict(nano=_as_transformer('nano', layers=7, state=28), tiny=_as_transformer('tiny', layers=11, state=16),
@@ -56,7 +63,8 @@ def mamba(size:str='nano', # One of `mamba.sizes`
     s = AttrDict(mamba.sizes[size])
     return MambaConfig(state_size=s.state, **_common(s, vocab))
 
-@arch(sizes=dict(nano=_as_transformer('nano', layers=7, state=104, head=32), tiny=_as_transformer('tiny', layers=11, state=128, head=64),
+@arch(sizes=dict(nano=_as_transformer('nano', layers=7, state=104, head=32),
+                 tiny=_as_transformer('tiny', layers=11, state=128, head=64),
                  small=_as_transformer('small', layers=26, state=128, head=64)))
 def mamba2(size:str='nano', # One of `mamba2.sizes`
            vocab:int=0,     # Vocabulary size, 0 for the size's own
@@ -65,9 +73,10 @@ def mamba2(size:str='nano', # One of `mamba2.sizes`
     from transformers import Mamba2Config
     check_names('size of mamba2', [size], mamba2.sizes)
     s = AttrDict(mamba2.sizes[size])
-    return Mamba2Config(state_size=s.state, head_dim=s.head, num_heads=2*s.d//s.head, n_groups=1, chunk_size=64, **_common(s, vocab))
+    return Mamba2Config(state_size=s.state, head_dim=s.head, num_heads=2*s.d//s.head, n_groups=1, chunk_size=64,
+                        **_common(s, vocab))
 
-# %% ../nbs/20_models.ipynb #f4ddf3e9
+# %% ../nbs/20_models.ipynb #2ef8be7c
 @arch(sizes=dict(nano=_as_transformer('nano', experts=8, top_k=2), tiny=_as_transformer('tiny', experts=16, top_k=4),
                  small=_as_transformer('small', experts=16, top_k=4)), variant='match')
 def moe(size:str='nano',     # One of `moe.sizes`
@@ -76,59 +85,77 @@ def moe(size:str='nano',     # One of `moe.sizes`
         match:str='active',  # What equals the transformer's: active parameters, or total
         experts:int=0,       # Experts a layer, 0 for the size's own
         top_k:int=0):        # Experts that a token goes to, 0 for the size's own
-    "Qwen3-MoE: `transformer` with its SwiGLU split into experts, of which a router picks `top_k` a token (arXiv:2505.09388)"
+    "Qwen3-MoE: `transformer` with its SwiGLU split into experts, " \
+    "of which a router picks `top_k` a token (arXiv:2505.09388)"
     from transformers import Qwen3MoeConfig
     check_names('size of moe', [size], moe.sizes); check_names('match of moe', [match], ('active', 'total'))
     s = AttrDict(moe.sizes[size]); e, k = experts or s.experts, top_k or s.top_k
     if not 0 < k <= e: raise UserError(f'top_k={k}: a token cannot go to {k} of {e} experts. Give 1 to {e}.')
     parts = k if match=='active' else e
     if s.ffn%parts:
-        raise UserError(f'{"top_k" if match=="active" else "experts"}={parts}: the width {s.ffn} of moe-{size} cannot be divided by it. '
+        raise UserError(f'{"top_k" if match=="active" else "experts"}={parts}: '
+                        f'the width {s.ffn} of moe-{size} cannot be divided by it. '
                         f'Give one of {", ".join(str(i) for i in range(1, 65) if s.ffn%i==0)}.')
-    return Qwen3MoeConfig(moe_intermediate_size=s.ffn//parts, intermediate_size=s.ffn, num_experts=e, num_experts_per_tok=k, norm_topk_prob=True,
+    return Qwen3MoeConfig(moe_intermediate_size=s.ffn//parts, intermediate_size=s.ffn,
+                          num_experts=e, num_experts_per_tok=k,
+                          norm_topk_prob=True,
                           head_dim=s.d//s.heads, rope_theta=10_000., **_common(s, vocab), **_heads(s, context))
 
-# %% ../nbs/20_models.ipynb #98ce4631
+# %% ../nbs/20_models.ipynb #f110461d
 def check_pattern(pattern):
     "Raise `UserError` unless `pattern` says what each layer is: M for Mamba-2, A for attention, at least one A"
     if (bad := next((c for c in pattern if c not in 'MA'), '')):
-        raise UserError(f'pattern="{pattern}": no layer is called "{bad}". Write M for Mamba-2 and A for attention, as in MMAM.')
-    if 'A' not in pattern: raise UserError(f'pattern="{pattern}": a hybrid needs at least one layer of attention (A). For none, take mamba2.')
+        raise UserError(f'pattern="{pattern}": no layer is called "{bad}". '
+                        'Write M for Mamba-2 and A for attention, as in MMAM.')
+    if 'A' not in pattern:
+        raise UserError(f'pattern="{pattern}": a hybrid needs at least one layer of attention (A). '
+                        'For none, take mamba2.')
     return pattern
 
-@arch(sizes=dict(nano=_as_transformer('nano', pattern='MMAM', state=64, head=32), tiny=_as_transformer('tiny', pattern='MMAMMA', state=128, head=64),
+@arch(sizes=dict(nano=_as_transformer('nano', pattern='MMAM', state=64, head=32),
+                 tiny=_as_transformer('tiny', pattern='MMAMMA', state=128, head=64),
                  small=_as_transformer('small', pattern='MMAMMAMMAMMA', state=128, head=64)), variant='pattern')
 def hybrid(size:str='nano', # One of `hybrid.sizes`
            vocab:int=0,     # Vocabulary size, 0 for the size's own
            context:int=0,   # Longest sequence, in tokens, 0 for the size's own
            pattern:str=''): # One letter a layer, M (Mamba-2) or A (attention); the size's own if empty
-    "Mamba-2 and attention in any order, each with a SwiGLU, as GraniteMoeHybrid without experts (IBM, Granite 4.0, 2025)"
+    "Mamba-2 and attention in any order, each with a SwiGLU, as GraniteMoeHybrid without experts (IBM, " \
+    "Granite 4.0, 2025)"
     from transformers import GraniteMoeHybridConfig
     check_names('size of hybrid', [size], hybrid.sizes)
     s = AttrDict(hybrid.sizes[size]); pattern = check_pattern(pattern or s.pattern)
     d, c, n, h, N = s.d, s.d//s.heads, len(pattern), 2*s.d//s.head, s.state
     attention = 2*d*c*(s.heads + s.kv)
-    mixer = dict(A=attention, M=d*(4*d + 2*N + h) + 5*(2*d + 2*N) + 3*h + 2*d + 2*d*d)       # in, convolution, per head, norm, out
+    # in, convolution, per head, norm, out
+    mixer = dict(A=attention, M=d*(4*d + 2*N + h) + 5*(2*d + 2*N) + 3*h + 2*d + 2*d*d)
     budget = s.layers*(attention + 3*d*s.ffn + 2*d + 2*c) - sum(mixer[l] + 2*d for l in pattern)
     ffn = round(budget/(3*d*n)/8)*8
-    if ffn<8: raise UserError(f'pattern="{pattern}": {n} layers hold more parameters than hybrid-{size} may. Take fewer letters or a larger size.')
+    if ffn<8:
+        raise UserError(f'pattern="{pattern}": {n} layers hold more parameters than hybrid-{size} may. '
+                        'Take fewer letters or a larger size.')
     s.layers = n
-    return GraniteMoeHybridConfig(shared_intermediate_size=ffn, num_local_experts=0, num_experts_per_tok=0, attention_multiplier=c**-0.5,
-        layer_types=['full_attention' if l=='A' else 'linear_attention' for l in pattern], position_embedding_type='rope',
-        mamba_n_heads=h, mamba_d_head=s.head, mamba_d_state=N, mamba_n_groups=1, mamba_chunk_size=64, initializer_range=d**-.5,
+    return GraniteMoeHybridConfig(
+        shared_intermediate_size=ffn, num_local_experts=0, num_experts_per_tok=0, attention_multiplier=c**-0.5,
+        layer_types=['full_attention' if l=='A' else 'linear_attention' for l in pattern],
+        position_embedding_type='rope',
+        mamba_n_heads=h, mamba_d_head=s.head, mamba_d_state=N, mamba_n_groups=1,
+        mamba_chunk_size=64, initializer_range=d**-.5,
         **_common(s, vocab), **_heads(s, context))
 
 def preset(base:str):
-    "The function and size behind `transformer-nano`, `hybrid-nano-AMMA` or `moe-nano-total`; None for a name that is no preset's"
+    "The function and size behind `transformer-nano`, `hybrid-nano-AMMA` or `moe-nano-total`; " \
+    "None for a name that is no preset's"
     name, size, *more = str(base).split('-')+['']
-    if name not in arch or size not in getattr(arch[name], 'sizes', {}) and not (name=='transformer' and of_depth(size)): return None
+    if name not in arch or (size not in getattr(arch[name], 'sizes', {}) and
+                            not (name=='transformer' and of_depth(size))):
+        return None
     f, more = arch[name], '-'.join(more[:-1])
     if not more: return f, size
     if not hasattr(f, 'variant'): return None
     f(size, **{f.variant: more})                     # a wrong variant is an error here, not when the model is built
     return functools.partial(f, **{f.variant: more}), size
 
-# %% ../nbs/20_models.ipynb #c800e385
+# %% ../nbs/20_models.ipynb #ca25cc14
 def hub_reachable(timeout=None):
     "Whether the hub's host takes a connection within `timeout` seconds"
     if os.environ.get('HF_HUB_OFFLINE', '0') in ('1', 'true', 'True'): return False
@@ -138,7 +165,8 @@ def hub_reachable(timeout=None):
         with contextlib.suppress(OSError):
             socket.create_connection((u.hostname, u.port or 443), timeout=timeout).close(); ok.append(1)
     timeout = timeout or float(setting('hub_timeout'))
-    t = threading.Thread(target=knock, daemon=True); t.start(); t.join(timeout)   # a name look-up has no time limit of its own
+    # a name look-up has no time limit of its own
+    t = threading.Thread(target=knock, daemon=True); t.start(); t.join(timeout)
     return bool(ok)
 
 def _from_hub(base):
@@ -149,26 +177,32 @@ def _from_hub(base):
     known = shipped + [f'{a}-{s}' for a in arch for s in getattr(arch[a], 'sizes', {})]
     try:
         if isinstance(try_to_load_from_cache(base, 'config.json'), str): return
-    except HFValidationError: raise UserError(f'unknown model "{base}": neither a folder, a preset nor a hub id. {nearest(base, known)}') from None
-    if '/' not in base: raise UserError(f'unknown model "{base}". {nearest(base, known)} Hub ids have the form owner/name.')
+    except HFValidationError:
+        raise UserError(f'unknown model "{base}": neither a folder, a preset nor a hub id. '
+                        f'{nearest(base, known)}') from None
+    if '/' not in base:
+        raise UserError(f'unknown model "{base}". {nearest(base, known)} Hub ids have the form owner/name.')
     if not hub_reachable(): raise UserError(f'model "{base}": not on this machine, and the hub cannot be reached. '
                                             f'Give a local folder, or one of: {", ".join(known)}.')
     try: HfApi().model_info(base, timeout=float(setting('hub_timeout')))
-    except HfHubHTTPError as e: raise UserError(f'model "{base}": the hub answered {e.response.status_code}. Check the name; '
+    except HfHubHTTPError as e: raise UserError(f'model "{base}": the hub answered {e.response.status_code}. '
+                                                'Check the name; '
                                                 f'a gated model needs `hf auth login`.') from None
 
 def locate(base):
     "What `from_pretrained` takes: (folder or hub id, keyword arguments)"
     if (p := base_folder(base)):
-        gguf = p if p.suffix=='.gguf' else None if (p/'config.json').exists() else next(iter(sorted(p.glob('*.gguf'))), None)
+        gguf = (p if p.suffix=='.gguf' else None if (p/'config.json').exists() else
+                next(iter(sorted(p.glob('*.gguf'))), None))
         if gguf: return str(gguf.parent), dict(gguf_file=gguf.name)
         return str(p), {}
     if str(base).startswith(('.', '/', '~')) or str(base).endswith('.gguf'):
-        raise UserError(f'{base}: no model here. A model folder holds config.json and *.safetensors; or give a .gguf file.')
+        raise UserError(f'{base}: no model here. A model folder holds config.json and *.safetensors; '
+                        'or give a .gguf file.')
     _from_hub(str(base))
     return str(base), {}
 
-# %% ../nbs/20_models.ipynb #27dba784
+# %% ../nbs/20_models.ipynb #71121983
 def pick_device(device='auto'):
     import torch
     if device!='auto': return device
@@ -204,7 +238,8 @@ def first_steps(model, low=.001, high=.1):
 def _check_safe(where, base):
     if os.path.isdir(where) and not list(Path(where).glob('*.safetensors')):
         bad = [f.name for f in Path(where).iterdir() if f.suffix in ('.bin', '.pt', '.pth', '.ckpt')]
-        raise UserError(f'{relative(where)}: ' + (f'{bad[0]} is a pickle, whose loading can run code. Convert it to safetensors.' if bad
+        raise UserError(f'{relative(where)}: ' + (f'{bad[0]} is a pickle, whose loading can run code. '
+                                                  'Convert it to safetensors.' if bad
                         else 'no *.safetensors file. Give the folder that save_pretrained wrote.'))
 
 def load_model(base,               # Shipped name, folder, GGUF file, hub id or preset
@@ -227,19 +262,21 @@ def load_model(base,               # Shipped name, folder, GGUF file, hub id or 
     try: m = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, **g, **kw)
     except (ValueError, KeyError) as e:
         if 'trust_remote_code' in str(e) or 'model type' in str(e).lower():
-            raise UserError(f'{base}: needs code from the hub or an unknown architecture ({str(e).splitlines()[0]}). flow2lab does not run remote code.') from e
+            raise UserError(f'{base}: needs code from the hub or an unknown architecture ({str(e).splitlines()[0]}). '
+                            'flow2lab does not run remote code.') from e
         raise
     if 'gguf_file' in g: forget_gguf(m)
     return (m if 'quantization_config' in kw else m.to(device)).eval()
 
 def forget_gguf(model):
-    "A model read from GGUF holds plain weights, yet transformers goes on calling it quantized and refuses to train or save it"
+    "A model read from GGUF holds plain weights, yet transformers goes on calling it quantized and refuses to train " \
+    "or save it"
     for o,names in ((model, ('hf_quantizer', 'quantization_method')), (model.config, ('quantization_config',))):
         for n in names:
             if hasattr(o, n): delattr(o, n)
     model.is_quantized = False
 
-# %% ../nbs/20_models.ipynb #0c47c4cc
+# %% ../nbs/20_models.ipynb #af083eb4
 def meta_model(base, **kw):
     "The model of `base` with shapes only: exact counts at no cost"
     import torch
@@ -256,7 +293,8 @@ def count_params(model):
     n = lambda p: p.quant_state.shape.numel() if getattr(p, 'quant_state', None) is not None else p.numel()
     ps = list(model.parameters())
     emb = model.get_input_embeddings()
-    return AttrDict(total=sum(map(n, ps)), trainable=sum(n(p) for p in ps if p.requires_grad), embedding=emb.weight.numel() if emb is not None else 0)
+    return AttrDict(total=sum(map(n, ps)), trainable=sum(n(p) for p in ps if p.requires_grad),
+                    embedding=emb.weight.numel() if emb is not None else 0)
 
 # %% ../nbs/20_models.ipynb #ced8fee3
 def _per_token(cfg):
@@ -273,7 +311,7 @@ def active_params(model):
     k = _per_token(model.config)
     return count_params(model).total - sum(p.numel()//len(p)*(len(p)-k) for _,p in _experts(model))
 
-# %% ../nbs/20_models.ipynb #d36304d9
+# %% ../nbs/20_models.ipynb #69d18257
 def _get(c, *names, default=0):
     "The first of the attributes `names` of configuration `c` that is there and not None"
     return next((v for n in names if (v := getattr(c, n, None)) is not None), default)
@@ -281,38 +319,53 @@ def _get(c, *names, default=0):
 def _mixer(c, kind):
     d = c.hidden_size
     if kind in ('full_attention', 'sliding_attention', 'attention'):
-        if hasattr(c, 'kv_lora_rank'): raise UserError(f'{c.model_type}: no formula here for latent attention (MLA). Measure its cache instead.')
+        if hasattr(c, 'kv_lora_rank'):
+            raise UserError(f'{c.model_type}: no formula here for latent attention (MLA). Measure its cache instead.')
         heads = c.num_attention_heads
         window = _get(c, 'sliding_window') if kind=='sliding_attention' or not hasattr(c, 'layer_types') else 0
-        return dict(mixer='attention', heads=heads, kv=_get(c, 'num_key_value_heads', default=heads), size=_get(c, 'head_dim', default=d//heads), window=window)
+        return dict(mixer='attention', heads=heads, kv=_get(c, 'num_key_value_heads', default=heads),
+                    size=_get(c, 'head_dim', default=d//heads),
+                    window=window)
     conv, state = _get(c, 'conv_kernel', 'mamba_d_conv'), _get(c, 'state_size', 'ssm_state_size', 'mamba_d_state')
     if kind not in ('linear_attention', 'mamba') or not state:
-        raise UserError(f'{c.model_type}: no formula here for its layers of kind "{kind}". There is one for attention, Mamba and Mamba-2.')
-    if (rank := _get(c, 'mamba_dt_rank') or (_get(c, 'time_step_rank') if c.model_type in ('mamba', 'falcon_mamba') else 0)):
+        raise UserError(f'{c.model_type}: no formula here for its layers of kind "{kind}". '
+                        'There is one for attention, Mamba and Mamba-2.')
+    if (rank := _get(c, 'mamba_dt_rank') or
+        (_get(c, 'time_step_rank') if c.model_type in ('mamba', 'falcon_mamba') else 0)):
         return dict(mixer='mamba', inner=_get(c, 'mamba_expand', 'expand')*d, state=state, conv=conv, rank=rank)
-    heads, size = _get(c, 'mamba_n_heads', 'mamba_num_heads', 'num_heads'), _get(c, 'mamba_d_head', 'mamba_head_dim', 'head_dim')
-    return dict(mixer='mamba2', inner=heads*size, state=state, conv=conv, heads=heads, size=size, groups=_get(c, 'mamba_n_groups', 'n_groups'),
+    heads, size = (_get(c, 'mamba_n_heads', 'mamba_num_heads', 'num_heads'),
+                   _get(c, 'mamba_d_head', 'mamba_head_dim', 'head_dim'))
+    return dict(mixer='mamba2', inner=heads*size, state=state, conv=conv,
+                heads=heads, size=size,
+                groups=_get(c, 'mamba_n_groups', 'n_groups'),
                 chunk=_get(c, 'mamba_chunk_size', 'chunk_size'))
 
 def _ffn(c, i):
     "(dense width, experts, top_k, width of an expert, does layer `i` have a router)"
     if c.model_type in ('mamba', 'mamba2', 'falcon_mamba'): return dict(dense=0, experts=0, top_k=0, width=0)
-    experts, dense = _get(c, 'num_experts', 'num_local_experts', 'n_routed_experts'), _get(c, 'intermediate_size', default=8*c.hidden_size//3)   # GPT-2's 8d², as a gate's
-    width, shared = _get(c, 'moe_intermediate_size', default=dense), _get(c, 'shared_expert_intermediate_size', 'shared_intermediate_size')
+    # GPT-2's 8d², as a gate's
+    experts, dense = (_get(c, 'num_experts', 'num_local_experts', 'n_routed_experts'),
+                      _get(c, 'intermediate_size', default=8*c.hidden_size//3))
+    width, shared = (_get(c, 'moe_intermediate_size', default=dense),
+                     _get(c, 'shared_expert_intermediate_size', 'shared_intermediate_size'))
     routed = experts and i>=_get(c, 'first_k_dense_replace') and i not in _get(c, 'mlp_only_layers', default=()) \
              and i%_get(c, 'expert_layer_period', default=1)==_get(c, 'expert_layer_offset')
-    if not routed: return dict(dense=shared if c.model_type=='granitemoehybrid' else dense, experts=0, top_k=0, width=0)
-    return dict(dense=shared or _get(c, 'n_shared_experts')*width, experts=experts, top_k=c.num_experts_per_tok, width=width)
+    if not routed:
+        return dict(dense=shared if c.model_type=='granitemoehybrid' else dense, experts=0, top_k=0, width=0)
+    return dict(dense=shared or _get(c, 'n_shared_experts')*width, experts=experts,
+                top_k=c.num_experts_per_tok, width=width)
 
 def layers_of(cfg):
-    "What each layer of configuration `cfg` is made of: mixer and feed-forward with their dimensions. `UserError` where we have no formula"
+    "What each layer of configuration `cfg` is made of: mixer and feed-forward with their dimensions. " \
+    "`UserError` where we have no formula"
     c = cfg.get_text_config() if hasattr(cfg, 'get_text_config') else cfg
     kinds = _get(c, 'layer_types', default=['full_attention']*c.num_hidden_layers)
     return [AttrDict(_mixer(c, k), **_ffn(c, i)) for i,k in enumerate(kinds)]
 
-# %% ../nbs/20_models.ipynb #6b8b24c3
+# %% ../nbs/20_models.ipynb #f01e5270
 def kv_bytes_per_token(cfg, bytes_per=2):
-    "Bytes that one token adds to the cache of configuration `cfg`: keys and values of its layers of attention, 0 for a pure Mamba"
+    "Bytes that one token adds to the cache of configuration `cfg`: keys and values of its layers of attention, " \
+    "0 for a pure Mamba"
     return sum(2*l.kv*l.size*bytes_per for l in layers_of(cfg) if l.mixer=='attention')
 
 def _state_numbers(l):
@@ -321,52 +374,69 @@ def _state_numbers(l):
     return (l.inner + (2*l.groups*l.state if l.mixer=='mamba2' else 0))*l.conv, l.inner*l.state
 
 def state_bytes(cfg, bytes_per=2, state_per=4):
-    "Bytes of a sequence's recurrent state, constant in its length: the convolution's inputs in the model's dtype, the state in fp32. 0 for a pure transformer"
+    "Bytes of a sequence's recurrent state, constant in its length: the convolution's inputs in the model's dtype, " \
+    "the state in fp32. 0 for a pure transformer"
     return sum(a*bytes_per + b*state_per for a,b in map(_state_numbers, layers_of(cfg)))
 
 def cache_bytes(cfg, context, bytes_per=2, state_per=4):
-    "Bytes that one sequence of `context` tokens holds while decoding: keys and values (no more than a sliding window's) and recurrent states"
+    "Bytes that one sequence of `context` tokens holds while decoding: " \
+    "keys and values (no more than a sliding window's) and recurrent states"
     kv = sum(2*l.kv*l.size*bytes_per*min(context, l.window or context) for l in layers_of(cfg) if l.mixer=='attention')
     return kv + state_bytes(cfg, bytes_per, state_per)
 
-# %% ../nbs/20_models.ipynb #265374c1
+# %% ../nbs/20_models.ipynb #fcb52779
 def flops_per_token(cfg,          # A configuration
                     context=512): # Tokens of the sequence over which attention is averaged
-    "Operations a token of the forward pass, by part: `linear`, `head`, `attention`, `conv`, `scan` and their `total`; `elementwise` beside it. Training: three times"
+    "Operations a token of the forward pass, by part: `linear`, `head`, `attention`, `conv`, " \
+    "`scan` and their `total`; `elementwise` beside it. Training: three times"
     c = cfg.get_text_config() if hasattr(cfg, 'get_text_config') else cfg
-    d, o = c.hidden_size, AttrDict(linear=0, head=2*c.hidden_size*c.vocab_size, attention=0, conv=0, scan=0, elementwise=0)
+    d, o = c.hidden_size, AttrDict(linear=0, head=2*c.hidden_size*c.vocab_size,
+                                   attention=0, conv=0, scan=0, elementwise=0)
     for l in layers_of(c):
         w = 3*d*(l.dense + l.top_k*l.width) + d*l.experts
         if l.mixer=='attention':
             w += 2*d*l.size*(l.heads + l.kv); o.attention += 4*l.heads*l.size*min(context, l.window or context)
         else:
             i, N = l.inner, l.state; o.conv += 2*(_state_numbers(l)[0])
-            if l.mixer=='mamba': w += 3*d*i + i*(l.rank + 2*N) + i*l.rank; o.scan += 2*i*N; o.elementwise += 6*i*N + 2*i
+            if l.mixer=='mamba':
+                w += 3*d*i + i*(l.rank + 2*N) + i*l.rank; o.scan += 2*i*N; o.elementwise += 6*i*N + 2*i
             else:
                 n = -(-context//l.chunk); w += d*(3*i + 2*l.groups*N + l.heads); o.elementwise += 5*i*N + 3*i
                 o.scan += n*l.chunk/context*(2*l.chunk*(l.heads*N + i) + 4*i*N) + 2*(n + 1)**2*i*N/context
         o.linear += 2*w
     return AttrDict({k: int(v) for k,v in o.items()}, total=int(sum(v for k,v in o.items() if k!='elementwise')))
 
-# %% ../nbs/20_models.ipynb #e1652795
-def _mamba(d, layers): return 'MambaConfig', dict(vocab_size=50280, hidden_size=d, num_hidden_layers=layers, state_size=16, tie_word_embeddings=True)
-def _qwen3(d, layers, ffn, heads, tied): return 'Qwen3Config', dict(vocab_size=151936, hidden_size=d, num_hidden_layers=layers, intermediate_size=ffn,
-    num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40960)
+# %% ../nbs/20_models.ipynb #52159449
+def _mamba(d, layers):
+    return 'MambaConfig', dict(vocab_size=50280, hidden_size=d,
+                               num_hidden_layers=layers, state_size=16,
+                               tie_word_embeddings=True)
+def _qwen3(d, layers, ffn, heads, tied):
+    return 'Qwen3Config', dict(vocab_size=151936, hidden_size=d, num_hidden_layers=layers, intermediate_size=ffn,
+                               num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+                               tie_word_embeddings=tied, max_position_embeddings=40960)
 
 published = {
     'Mamba-130M': _mamba(768, 24), 'Mamba-1.4B': _mamba(2048, 48), 'Mamba-2.8B': _mamba(2560, 64),
     'Qwen3-0.6B': _qwen3(1024, 28, 3072, 16, True), 'Qwen3-1.7B': _qwen3(2048, 28, 6144, 16, True),
     'Qwen3-4B': _qwen3(2560, 36, 9728, 32, True), 'Qwen3-8B': _qwen3(4096, 36, 12288, 32, False),
-    'Llama-3-8B': ('LlamaConfig', dict(vocab_size=128256, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
-                   num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)),
-    'DeepSeekMoE-16B': ('Glm4MoeConfig', dict(vocab_size=102400, hidden_size=2048, num_hidden_layers=28, intermediate_size=10944, num_attention_heads=16,
-                        num_key_value_heads=16, head_dim=128, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=1408,
-                        first_k_dense_replace=1, use_qk_norm=False, attention_bias=False, tie_word_embeddings=False)),
-    'Mixtral-8x7B': ('MixtralConfig', dict(vocab_size=32000, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
-                     num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, sliding_window=None, tie_word_embeddings=False)),
-    'Jamba-52B': ('JambaConfig', dict(vocab_size=65536, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
-                  num_key_value_heads=8, num_experts=16, num_experts_per_tok=2, expert_layer_period=2, expert_layer_offset=1, attn_layer_period=8,
-                  attn_layer_offset=4, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, tie_word_embeddings=False))}
+    'Llama-3-8B': ('LlamaConfig', dict(
+        vocab_size=128256, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)),
+    'DeepSeekMoE-16B': ('Glm4MoeConfig', dict(
+        vocab_size=102400, hidden_size=2048, num_hidden_layers=28, intermediate_size=10944, num_attention_heads=16,
+        num_key_value_heads=16, head_dim=128, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2,
+        moe_intermediate_size=1408, first_k_dense_replace=1, use_qk_norm=False, attention_bias=False,
+        tie_word_embeddings=False)),
+    'Mixtral-8x7B': ('MixtralConfig', dict(
+        vocab_size=32000, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, sliding_window=None,
+        tie_word_embeddings=False)),
+    'Jamba-52B': ('JambaConfig', dict(
+        vocab_size=65536, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, num_experts=16, num_experts_per_tok=2, expert_layer_period=2, expert_layer_offset=1,
+        attn_layer_period=8, attn_layer_offset=4, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
+        tie_word_embeddings=False))}
 
 def published_config(name):
     "The configuration of a published model, by a name in `published`"
@@ -375,21 +445,24 @@ def published_config(name):
     cls, kw = published[name]
     return getattr(transformers, cls)(**kw)
 
-_bits = {'': None, 'int8': 8, 'nf4': 4.5, 'fp4': 4.5, 'torchao_int8': 8, 'dynamic_int8': 8}   # 4 bits and an fp32 scale per 64 weights
+# 4 bits and an fp32 scale per 64 weights
+_bits = {'': None, 'int8': 8, 'nf4': 4.5, 'fp4': 4.5, 'torchao_int8': 8, 'dynamic_int8': 8}
 
 def memory_row(name, contexts=(4096, 16384, 65536, 102400, 131072)):
-    "One model's parameters and bytes: weights by precision (embeddings and head stay in bf16; experts counted as quantized, which takes more than bitsandbytes), cache by context, one sequence, bf16"
+    "One model's parameters and bytes: weights by precision (embeddings and head stay in bf16; " \
+    "experts counted as quantized, which takes more than bitsandbytes), cache by context, one sequence, bf16"
     m = meta_model(name); n, emb = count_params(m).total, _embeddings(m)
     bits = lambda b: int((n-emb)*b/8 + emb*2)
     return AttrDict(total=n, active=active_params(m), fp32=4*n, bf16=2*n, int8=bits(8), nf4=bits(_bits['nf4']),
-                    kv_per_token=kv_bytes_per_token(m.config), state=state_bytes(m.config), **{f'cache_{c}': cache_bytes(m.config, c) for c in contexts})
+                    kv_per_token=kv_bytes_per_token(m.config), state=state_bytes(m.config),
+                    **{f'cache_{c}': cache_bytes(m.config, c) for c in contexts})
 
 def _embeddings(m):
     "Parameters of the embedding and of a head of its own"
     e, h = m.get_input_embeddings().weight, m.get_output_embeddings().weight
     return e.numel() + (h.numel() if not m.config.get_text_config().tie_word_embeddings else 0)
 
-# %% ../nbs/20_models.ipynb #c6be9fe3
+# %% ../nbs/20_models.ipynb #98e12f01
 def _kept(l, d):
     "Numbers that layer `l` keeps for the backward pass, a token"
     ffn = 4*(l.dense + l.top_k*l.width) + (2*l.top_k*d if l.experts else 0)
@@ -407,19 +480,24 @@ def estimate_memory(model,                # Real or meta model
                     context:int=4096):    # Of the key/value cache
     "Bytes of each part while training and while decoding, by formula"
     c, n = model.config.get_text_config(), count_params(model)
-    whole = _embeddings(model) + sum(p.numel() for _,p in _experts(model))             # what our quantizers do not reach
+    # what our quantizers do not reach
+    whole = _embeddings(model) + sum(p.numel() for _,p in _experts(model))
     weights = whole*weight_bytes + (n.total - whole)*(_bits.get(quant)/8 if _bits.get(quant) else weight_bytes)
     acts = tokens*sum(c.hidden_size if checkpointing else _kept(l, c.hidden_size) for l in layers_of(c))*act_bytes
     logits = tokens*labelled*c.vocab_size*(act_bytes+4+4)       # in act_bytes, fp32 copy, its gradient
-    out = dict(weights=weights, gradients=4*trainable, optimizer=8*trainable, activations=acts*(trainable>0), logits=logits*(trainable>0))
+    out = dict(weights=weights, gradients=4*trainable, optimizer=8*trainable,
+               activations=acts*(trainable>0),
+               logits=logits*(trainable>0))
     return AttrDict({k: int(v) for k,v in out.items()}, training=int(sum(out.values())),
                     kv_cache=kv_bytes_per_token(c, act_bytes)*context, state=state_bytes(c, act_bytes),
                     decoding=int(weights)+cache_bytes(c, context, act_bytes))
 
-# %% ../nbs/20_models.ipynb #8e6b47b7
+# %% ../nbs/20_models.ipynb #7e9480cd
 class PeakMemory:
-    "Peak bytes during a `with` block: `resident` (process), `growth` (above the start), `allocated` and `reserved` (CUDA, else 0)"
-    def __init__(self, every=0.01): self.every, self.resident, self.growth, self.allocated, self.reserved = every, 0, 0, 0, 0
+    "Peak bytes during a `with` block: `resident` (process), `growth` (above the start), " \
+    "`allocated` and `reserved` (CUDA, else 0)"
+    def __init__(self, every=0.01):
+        self.every, self.resident, self.growth, self.allocated, self.reserved = every, 0, 0, 0, 0
     def _rss(self): return self._proc.memory_info().rss
     def _watch(self):
         while not self._stop.wait(self.every): self.resident = max(self.resident, self._rss())
@@ -434,5 +512,7 @@ class PeakMemory:
         import torch
         self._stop.set(); self._thread.join()
         self.resident = max(self.resident, self._rss()); self.growth = self.resident - self.start   # both are peaks
-        if self._cuda: self.allocated, self.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    def to_dict(self): return dict(resident=self.resident, growth=self.growth, allocated=self.allocated, reserved=self.reserved)
+        if self._cuda:
+            self.allocated, self.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    def to_dict(self):
+        return dict(resident=self.resident, growth=self.growth, allocated=self.allocated, reserved=self.reserved)
