@@ -9,10 +9,11 @@ __all__ = ['SPECIAL', 'CHATML', 'source', 'PASSAGE', 'rule', 'PLACES', 'SHINGLE'
            'doc_text', 'c4_english', 'wikipedia_en', 'openwebtext', 'gutenberg', 'fineweb_edu', 'file_documents',
            'as_mix', 'source_files', 'numbers', 'runs', 'Doc', 'encoding', 'boilerplate', 'length', 'symbols',
            'stop_words', 'repetition', 'language', 'clean', 'apply_rules', 'rule_settings', 'sketch', 'band_rows',
-           'Sketches', 'runs_of', 'chunks', 'in_order', 'Report', 'dedup', 'plain_words', 'Leaks', 'leak_items',
-           'clean_chunk', 'write_parquet', 'add_counts', 'clean_input', 'find_duplicates', 'thinned', 'take_turns',
-           'shares', 'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files', 'checked', 'read_corpus',
-           'corpus_hash', 'corpus_stats', 'train_tokenizer', 'token_stream']
+           'check_near', 'Sketches', 'runs_of', 'chunks', 'in_order', 'Report', 'dedup', 'plain_words', 'Leaks',
+           'leak_items', 'clean_chunk', 'write_parquet', 'add_counts', 'clean_input', 'find_duplicates', 'thinned',
+           'take_turns', 'shares', 'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files', 'drop_stale',
+           'checked', 'read_corpus', 'corpus_hash', 'corpus_stats', 'as_transformers', 'train_tokenizer',
+           'token_stream']
 
 # %% ../nbs/12_corpus.ipynb #a4e5dd10
 import contextlib, hashlib, heapq, itertools, json, multiprocessing, os, re, shutil, sys, tempfile, unicodedata, zlib
@@ -52,10 +53,10 @@ def gutenberg(): "Books of Project Gutenberg, English (public domain in the US)"
 @source
 def fineweb_edu(): "Web pages chosen for what they teach, 10 B tokens (ODC-BY)"; return dict(repo='HuggingFaceFW/fineweb-edu', config='sample-10BT')
 
-# %% ../nbs/12_corpus.ipynb #4131b395
+# %% ../nbs/12_corpus.ipynb #a8e23347
 PASSAGE = 16_000    # Characters
 
-def _text_of(row, n):
+def _text_of(row):
     t = row.get('text', row.get('content'))
     if isinstance(t, str): return t
     raise formats.RowError(f'no field "text". Its fields: {", ".join(map(str, row)) or "none"}')
@@ -72,18 +73,22 @@ def _passages(rows):
         start, size = start or n, size+len(t); held.append(t.strip())
         if size>=PASSAGE: yield start, '\n\n'.join(held); start, held, size = 0, [], 0
 
-def file_documents(path,             # Any file that `formats` reads
-                   skip_bad=False):  # Go on without rows that cannot be read
-    "Yield dict(id, text) of a file, one at a time; `UserError` names the line of what is not text"
+def _documents(path, skip_bad):
+    "Yield (row as it stands, dict(id, text)) of a file"
     p = formats.data_file(path); kind = formats.container(p)
     if kind=='text':
         with formats.open_data(p) as f: in_paragraphs = re.search(rb'\n[ \t\r]*\n', f.read(1<<20).strip())
         rows = ((n, r['text']) for n,r in formats.raw_rows(p, skip_bad))
-        for n,t in _passages(rows) if in_paragraphs else rows: yield dict(id=f'{p.name}:{n}', text=t)
+        for n,t in _passages(rows) if in_paragraphs else rows: yield dict(text=t), dict(id=f'{p.name}:{n}', text=t)
         return
-    read = lambda n, r: r if isinstance(r, formats.RowError) else formats._try(lambda: (str(r.get('id') or f'{p.name}:{n}'), _text_of(r, n)))
-    rows = formats._good(p, ((n, read(n, r)) for n,r in formats._readers[kind](p)), skip_bad)
-    for _,(i, t) in rows: yield dict(id=i, text=t)
+    doc = lambda n, r: (r, dict(id=str(r.get('id') or f'{p.name}:{n}'), text=_text_of(r)))
+    read = lambda n, r: r if isinstance(r, formats.RowError) else formats._try(lambda: doc(n, r))
+    for _,rd in formats._good(p, ((n, read(n, r)) for n,r in formats._readers[kind](p)), skip_bad): yield rd
+
+def file_documents(path,             # Any file that `formats` reads
+                   skip_bad=False):  # Go on without rows that cannot be read
+    "Yield dict(id, text) of a file, one at a time; `UserError` names the line of what is not text"
+    return (d for _,d in _documents(path, skip_bad))
 
 # %% ../nbs/12_corpus.ipynb #b91e6d26
 def _folder_files(p):
@@ -271,7 +276,7 @@ def rule_settings(rules=None, language='en'):
     return {n: dict(given[n], **({'language': language} if n in ('language', 'stop_words') and 'language' not in given[n] else {}))
             for n in rule if n in given}
 
-# %% ../nbs/12_corpus.ipynb #8f240329
+# %% ../nbs/12_corpus.ipynb #a948760d
 PLACES, SHINGLE = 128, 3      # Numbers in a sketch, words in a run
 
 def _minhash(*args):
@@ -293,10 +298,12 @@ def band_rows(near):
     "Numbers in a band: the most with which a pair at similarity `near` is still found 19 times in 20"
     return max(r for r in (1, 2, 4, 8, 16, 32) if r==1 or (1-near**r)**(PLACES//r)<.06)
 
+def check_near(near):
+    if near and not 0<near<=1: raise UserError(f'near={near}: give a similarity between 0 and 1, or 0 to keep near-duplicates.')
+
 class Sketches:
     "Sketches on disk, and the duplicates among them"
     def __init__(self, folder, near=.8):
-        if near and not 0<near<=1: raise UserError(f'near={near}: give a similarity between 0 and 1, or 0 to keep near-duplicates.')
         self.near, self.r, self.exact, self.n = near, band_rows(near) if near else PLACES, [], 0
         self.file = Path(folder)/'sketches'
         self.keys = [Path(folder)/f'band{b}' for b in range(PLACES//self.r if near else 0)]
@@ -373,7 +380,7 @@ def in_order(f, jobs, workers=0):
         finally:
             for t in todo: t.cancel()
 
-# %% ../nbs/12_corpus.ipynb #5f8d7869
+# %% ../nbs/12_corpus.ipynb #dde25883
 class Report(dict):
     "Facts as a dict that prints as `text`"
     def __init__(self, d, text): super().__init__(d); self.text = text
@@ -397,6 +404,7 @@ def dedup(path,             # JSONL (or any file of rows) with `text`, and perha
           skip_bad=False,   # Go on without rows that cannot be read
           workers=0):       # 0: one a core
     "Count exact duplicates, list near ones as pairs of ids, and write what is kept"
+    check_near(near)
     with tempfile.TemporaryDirectory() as tmp, _room(tmp):
         s, ids = Sketches(tmp, near), []
         for i,exact,sk in in_order(_sketch_rows, ((c,) for c in chunks(file_documents(path, skip_bad))), workers):
@@ -404,8 +412,7 @@ def dedup(path,             # JSONL (or any file of rows) with `text`, and perha
         exact, close, pairs, alike = s.duplicates()
     gone = exact|close; near_ids = [[ids[a], ids[b]] for a,b in pairs.tolist()]
     if out:
-        rows = (r for (_, r),g in zip(formats.raw_rows(path, skip_bad), gone) if not g)
-        formats.write_rows(rows, out)
+        formats.write_rows((r for (r, _),g in zip(_documents(path, skip_bad), gone) if not g), out)
     d = dict(documents=len(ids), exact=int(exact.sum()), near=near_ids, kept=int((~gone).sum()))
     few = [f'  {a} ~ {b}  {s:.2f}' for (a,b),s in zip(near_ids[:20], alike)]
     return Report(d, '\n'.join([f'{d["documents"]} documents: {d["exact"]} exact copies, {int(close.sum())} near-duplicates, {d["kept"]} kept'] + few
@@ -578,7 +585,7 @@ def write_shards(docs, folder, size):
         out.append(dict(facts, name=f'{folder.name}/{p.name}', bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
-# %% ../nbs/12_corpus.ipynb #21c73b2d
+# %% ../nbs/12_corpus.ipynb #8c6b1761
 class Prepared(Report):
     "What `prepare` made: `folder`, `documents`, `report`, and `fresh`, False if it was there already"
     def __init__(self, folder, manifest, fresh):
@@ -603,7 +610,7 @@ def _inputs(sources, limit, skip_bad):
         else:
             d = dict(dict(config=None, split='train'), **source[name]())
             if not limit: raise UserError(f'{name}: a stream from the hub has no end. Say how many documents with --limit, e.g. --limit 100000.')
-            rows = lambda d=d, name=name: (dict(id=str(r.get('id') or r.get('url') or f'{name}:{i}'), text=_text_of(r, i))
+            rows = lambda d=d, name=name: (dict(id=str(r.get('id') or r.get('url') or f'{name}:{i}'), text=_text_of(r))
                                            for i,r in enumerate(itertools.islice(hub_rows(d['repo'], d['config'], d['split']), limit)))
             parts = [(name, d, rows)]
         short = name if files is None or (r := relative(find_data(name))) in names else r
@@ -625,6 +632,7 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
     out = Path(out)
     if out.exists() and not out.is_dir(): raise UserError(f'{relative(out)}: a file. Name a folder for the corpus.')
     if shard_mb<=0: raise UserError(f'shard_mb={shard_mb}: give a size above 0.')
+    check_near(near)
     against = [against] if isinstance(against, str) else list(against)
     inputs, settings = _inputs(sources, limit, skip_bad), rule_settings(rules, language)
     leaks = Leaks(leak_items(against)) if against else None
@@ -646,7 +654,7 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
     m['settings'] = dict(base, near=near, shard_mb=shard_mb, seed=seed, language=language, against=against, leak_items=leaks.items if leaks else 0)
     m['report']['near'] = pairs
     with _room(out): atomic_write(out/'manifest.json', to_json(m, indent=1))
-    _sweep(out, whole, {f'clean-{k}' for _,_,ps in inputs for _,k,_ in ps} | {f'duplicates-{found}.npz'})
+    drop_stale(out, {f'shards-{whole}', f'duplicates-{found}.npz'} | {f'clean-{k}' for _,_,ps in inputs for _,k,_ in ps})
     return Prepared(out, m, True)
 
 def _mark_duplicates(srcs, path, near):
@@ -695,11 +703,13 @@ def changed_files(folder, m):
     "Names of the shards that are missing or not what the manifest says"
     return [f['name'] for f in m['files'] if not (p := Path(folder)/f['name']).is_file() or fingerprint(p, 64)!=f['sha256']]
 
-def _sweep(out, whole, used):
-    "Take away what an earlier state of `out` left behind"
+_made = re.compile(r'(shards|clean|pack|tokens)-[0-9a-f]{16}|duplicates-[0-9a-f]{16}\.npz')
+
+def drop_stale(out, used):
+    "Take away what an earlier state of `out` left behind, by the names that we give; anything else is the user's"
     for f in (out/'stages').rglob('.*.tmp'): f.unlink(missing_ok=True)          # of processes that were killed
-    for f in [*out.glob('shards-*'), *(out/'stages').iterdir()]:
-        if f.name!=f'shards-{whole}' and f.name not in used: shutil.rmtree(f) if f.is_dir() else f.unlink()
+    for f in [*out.iterdir(), *(out/'stages').iterdir()]:
+        if _made.fullmatch(f.name) and f.name not in used: shutil.rmtree(f) if f.is_dir() else f.unlink()
 
 # %% ../nbs/12_corpus.ipynb #27c0873f
 def checked(folder):
@@ -736,13 +746,22 @@ def corpus_stats(path):
     lines += [f'{n[-32:]:32} {s["documents"]:10,} {s["chars"]:14,} {s["words"]:12,} {s["words"]/s["documents"]:10.0f}' for n,s in [*by.items(), ('all', total)]]
     return Report(dict(total, sources=by), '\n'.join(lines))
 
-# %% ../nbs/12_corpus.ipynb #02933294
+# %% ../nbs/12_corpus.ipynb #f33c040d
+def as_transformers(t,         # A tokenizer of the package `tokenizers` that has the `SPECIAL` tokens
+                    context):  # Longest sequence (tokens) of the models it is for
+    "`t` as a transformers tokenizer with ChatML"
+    from transformers import PreTrainedTokenizerFast
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=SPECIAL[0], pad_token=SPECIAL[1],
+                                  model_max_length=context, additional_special_tokens=SPECIAL[2:],
+                                  clean_up_tokenization_spaces=False)
+    tok.chat_template = CHATML
+    return tok
+
 def train_tokenizer(docs,              # Iterable of documents: strings or lists of messages
                     vocab:int=1024,    # Size of the vocabulary, special tokens included
                     context:int=512):  # Longest sequence of the models it is for
     "A byte-level BPE (Sennrich et al., 2016, arXiv:1508.07909) as a transformers tokenizer with ChatML"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
     if vocab < 256 + len(SPECIAL): raise UserError(f'vocab={vocab}: too small; 256 bytes and {len(SPECIAL)} special tokens need {256+len(SPECIAL)}.')
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -750,10 +769,7 @@ def train_tokenizer(docs,              # Iterable of documents: strings or lists
     plain = (d if isinstance(d, str) else '\n'.join(f"{m['role']}\n{m['content']}" for m in d) for d in docs)
     t.train_from_iterator(plain, trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, show_progress=False,
                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=SPECIAL[0], pad_token=SPECIAL[1], model_max_length=context,
-                                  additional_special_tokens=SPECIAL[2:], clean_up_tokenization_spaces=False)
-    tok.chat_template = CHATML
-    return tok
+    return as_transformers(t, context)
 
 # %% ../nbs/12_corpus.ipynb #65254398
 def token_stream(docs, tok, batch=10_000):

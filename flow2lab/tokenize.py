@@ -10,16 +10,15 @@ __all__ = ['KINDS', 'HARD', 'MAX_WORDS', 'WINDOW', 'unigram', 'training_text', '
            'Words', 'encode_texts', 'encode_part', 'parts_of', 'fill_rows', 'cut_pieces', 'pack_corpus', 'Pieces',
            'Pack', 'load_pack']
 
-# %% ../nbs/14_tokenize.ipynb #3b736f89
-import bisect, io, itertools, json, os, re, shutil, tempfile
-from collections import Counter
+# %% ../nbs/14_tokenize.ipynb #6920c213
+import bisect, io, itertools, json, os, re
 from pathlib import Path
 import numpy as np
 from .core import UserError, atomic_dir, atomic_write, base_folder, fingerprint, find_data, hash_of, relative, to_json
-from .corpus import (CHATML, SPECIAL, Report, _read_columns, _room, as_mix, chunks, corpus_hash, doc_text, in_order, manifest,
+from .corpus import (SPECIAL, Report, _room, as_mix, as_transformers, chunks, corpus_hash, drop_stale, in_order, manifest,
                              read_corpus, thinned, train_tokenizer)
 
-# %% ../nbs/14_tokenize.ipynb #3893f316
+# %% ../nbs/14_tokenize.ipynb #02e33d45
 def _sentencepiece(docs, vocab):
     "The trained sentencepiece model, as bytes"
     import sentencepiece as spm
@@ -30,12 +29,12 @@ def _sentencepiece(docs, vocab):
         user_defined_symbols=['\n', '\t'], unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, max_sentence_length=16_000, input_sentence_size=2_000_000, num_threads=4, minloglevel=3)
     except RuntimeError as e:
         if (m := re.search(r'value <= (\d+)', str(e))): raise _too_large(vocab, int(m[1])+len(SPECIAL)) from None
-        if 'required_chars' in str(e) or 'Vocabulary size is smaller' in str(e): raise _too_small(vocab, str(e)) from None
+        if 'required_chars' in str(e) or 'Vocabulary size is smaller' in str(e): raise _too_small(vocab) from None
         raise
     return model.getvalue()
 
 def _too_large(vocab, most): return UserError(f'vocab={vocab}: the text allows only {most} pieces. Set --vocab {most} or less, or train on more text.')
-def _too_small(vocab, why): return UserError(f'vocab={vocab}: too small for the characters of this text and 256 bytes. Set a larger --vocab, e.g. {max(1024, 2*vocab)}.')
+def _too_small(vocab): return UserError(f'vocab={vocab}: too small for the characters of this text and 256 bytes. Set a larger --vocab, e.g. {max(1024, 2*vocab)}.')
 
 _CUT = r'▁*(?:[^▁<]+|<(?!\|))+|▁*<|▁+'
 
@@ -51,15 +50,7 @@ def unigram(model):
     t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
     return t
 
-def _dressed(t, context):
-    "`t` as a transformers tokenizer with a chat template"
-    from transformers import PreTrainedTokenizerFast
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=SPECIAL[0], pad_token=SPECIAL[1], model_max_length=context,
-                                  additional_special_tokens=SPECIAL[2:], clean_up_tokenization_spaces=False)
-    tok.chat_template = CHATML
-    return tok
-
-# %% ../nbs/14_tokenize.ipynb #50d7330a
+# %% ../nbs/14_tokenize.ipynb #9d166664
 KINDS = ('bytes', 'sentencepiece')
 
 def _size(name):
@@ -103,7 +94,7 @@ def make_tokenizer(corpus,            # Corpus folder or file, a list of them, {
     first = next(texts, None)
     if first is None: raise UserError(f'{", ".join(mix)}: no text to learn from. Name a corpus that is not empty.')
     texts = itertools.chain([first], texts)
-    tok = train_tokenizer(texts, vocab, context) if kind=='bytes' else _dressed(unigram(_sentencepiece(texts, vocab)), context)
+    tok = train_tokenizer(texts, vocab, context) if kind=='bytes' else as_transformers(unigram(_sentencepiece(texts, vocab)), context)
     if len(tok)<vocab: raise _too_large(vocab, len(tok))
     r = check_tokenizer(tok)
     if not r['ok']: raise UserError(f'{relative(out)}: the trained tokenizer fails its checks ({r["failed"][0]}). Nothing was written. Train on more text.')
@@ -120,21 +111,21 @@ def _tok_manifest(out):
     if not p.is_file(): raise UserError(f'{relative(out)}: something else is there already. Name a new folder for the tokenizer.')
     return json.loads(p.read_text(encoding='utf-8'))
 
-# %% ../nbs/14_tokenize.ipynb #c71ee941
+# %% ../nbs/14_tokenize.ipynb #74905dc1
 HARD = dict(
     spaces='  two  and   three \t tab\n\n\nlines \n end ', line_ends='a\r\nb\rc\n', code='def f(x):\n\tif x != 0:\n        return {"a": [x**2, -1e-3]}  # ünï\n',
     emoji='👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 😀', accents='é e\u0301 Å A\u030a ﬁ ½', scripts='Ελληνικά русский العربية עברית हिन्दी ไทย 日本語 한국어 ᏣᎳᎩ 𐍈𐌰 ꦧꦱꦗꦮ',
     signs='∀x∈ℝ: ⌈x⌉ ≥ x ⟹ ∫₀^∞ e^{-x²}dx', numbers='1234567890 3.14159 1,000,000', odd='\x00\x07 \ufffd \u200b\u00a0|\u2028', long='a'*2000)
 
-def _is_byte(t, i, ids):
-    "True if piece `i` of `ids` is part of a character that is spread over several"
-    return bool(re.fullmatch(r'<0x[0-9A-F]{2}>', t)) or '\ufffd' in ids
+def _is_byte(piece, text):
+    "True if `piece`, which reads `text`, is part of a character that is spread over several"
+    return bool(re.fullmatch(r'<0x[0-9A-F]{2}>', piece)) or '\ufffd' in text
 
 def fertility(tok, texts):
     "Tokens a word, bytes a token and the share of tokens that are bytes of a split character, over `texts`"
     ids = [i for e in tok.backend_tokenizer.encode_batch(texts, add_special_tokens=False) for i in e.ids]
     one = {i: tok.decode([i]) for i in set(ids)}
-    pieces = tok.convert_ids_to_tokens(list(one)); split = {i for i,p in zip(one, pieces) if _is_byte(p, i, one[i])}
+    pieces = tok.convert_ids_to_tokens(list(one)); split = {i for i,p in zip(one, pieces) if _is_byte(p, one[i])}
     return dict(tokens=len(ids), tokens_per_word=len(ids)/max(1, sum(len(t.split()) for t in texts)),
                 bytes_per_token=sum(len(t.encode()) for t in texts)/max(1, len(ids)), split=sum(i in split for i in ids)/max(1, len(ids)))
 
@@ -287,7 +278,7 @@ def cut_pieces(lengths, size):
     start = at+k*size; length = np.minimum(size, np.repeat(lengths, n)-k*size)
     return start[length>1], length[length>1]
 
-# %% ../nbs/14_tokenize.ipynb #753fa1c3
+# %% ../nbs/14_tokenize.ipynb #96c8c312
 WINDOW = 8_000_000     # Tokens packed at once
 
 def _write_contiguous(parts, f, dtype, seq_len, pad):
@@ -350,8 +341,7 @@ def pack_corpus(corpus,               # Prepared corpus, or a file of documents
     with _room(out): folder, facts = _write_pack(out, parts, hash_of(about), dtype, seq_len, how, tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id)
     m = dict(about, **facts, hash=hash_of(about), documents=totals[0], tokens=totals[1], dtype=np.dtype(dtype).name)
     with _room(out): atomic_write(out/'manifest.json', to_json(m, indent=1))
-    for f in [*out.glob('pack-*'), *stages.iterdir()]:
-        if f!=folder and f!=parts[0].parent: shutil.rmtree(f)
+    drop_stale(out, {folder.name, parts[0].parent.name})
     return Pack(out, m, True)
 
 def _tokenizer(tok):

@@ -143,12 +143,12 @@ def peak(cmd):
     r = subprocess.run([sys.executable, '-c', code, *cmd], capture_output=True, text=True); assert r.returncode==0, r.stderr
     return int(r.stdout.split()[-1])*1024
 
-@pytest.mark.skipif(os.environ.get('FLOW2LAB_SLOW')!='1', reason='slow: set FLOW2LAB_SLOW=1 to prepare, tokenize and pack 400 MB (some 4 minutes)')
+@pytest.mark.skipif(os.environ.get('FLOW2LAB_SLOW')!='1', reason='slow: set FLOW2LAB_SLOW=1 to prepare, tokenize and pack 1 GB (some 10 minutes)')
 def test_memory_does_not_grow(web, tmp_path):
-    "400 MB of varied text take at most 120 MB more than 2 MB do (300 a GB), in every process of every stage"
+    "1 GB of varied text takes at most 300 MB more than 2 MB do, in every process of every stage"
     big = tmp_path/'big.jsonl'; rng = np.random.default_rng(2); words = np.array(WORDS+[w for l in open(web).readlines()[:300] for w in json.loads(l)['text'].split()], object)
     with open(big, 'w') as f:
-        while f.tell()<400e6: f.write(json.dumps(dict(text=' '.join(words[rng.integers(0, len(words), 400)])))+'\n')
+        while f.tell()<1e9: f.write(json.dumps(dict(text=' '.join(words[rng.integers(0, len(words), 400)])))+'\n')
     tok = tokenize.make_tokenizer(corpus.prepare(web, tmp_path/'t', language='', limit=0).folder, tmp_path/'tok', vocab=2048)
     grown = {}
     for how in ('prepare', 'contiguous', 'first_fit'):
@@ -156,4 +156,4 @@ def test_memory_does_not_grow(web, tmp_path):
                                     [*BIG, 'pack', str(tmp_path/f'c{out}'), '--tokenizer', str(tmp_path/'tok'), '--out', str(tmp_path/f'{how}{out}'), '--how', how])
         grown[how] = peak(command(big, 'big'))-peak(command(web, 'small'))
     print({k: f'{v/1e6:.0f} MB' for k,v in grown.items()})
-    assert max(grown.values())<=120e6, grown
+    assert max(grown.values())<=300e6, grown
