@@ -16,9 +16,10 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from .core import UserError, atomic_write, notes
 
-# %% ../nbs/21_scan.ipynb #71f1c7f7
+# %% ../nbs/21_scan.ipynb #7a6197f8
 def naive_scan(x, dt, A, B, C, h0=None, reset=None):
-    "h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t (eq. 2 with the discretization of section 3.3), token by token → y (b, l, d), last h (b, d, n)"
+    "h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t (eq. " \
+    "2 with the discretization of section 3.3), token by token → y (b, l, d), last h (b, d, n)"
     h, ys = x.new_zeros(*x.shape[::2], A.shape[1]) if h0 is None else h0, []
     for t in range(x.shape[1]):
         decay = torch.exp(dt[:,t,:,None]*A)                                       # (b, d, n)
@@ -27,7 +28,7 @@ def naive_scan(x, dt, A, B, C, h0=None, reset=None):
         ys.append((h*C[:,t,None,:]).sum(-1))
     return torch.stack(ys, 1) if ys else x.clone(), h
 
-# %% ../nbs/21_scan.ipynb #49491cc9
+# %% ../nbs/21_scan.ipynb #dcafe5c5
 def _cut(t, k):
     "(b, l, ...) → (b, chunks, k, ...), padded with zeros: a step of size 0 changes no state"
     b, l = t.shape[:2]
@@ -37,7 +38,8 @@ def _steps(x, dt, A, B, C, reset, k):
     "Chunked (x, dt, B, C) and a function giving the decay of every chunk's step i"
     x, dt, B, C = (_cut(t, k) for t in (x, dt, B, C))
     keep = None if reset is None else _cut((~reset)[...,None], k).to(x.dtype)
-    if keep is not None: keep[:,:,:] = torch.where(_cut(torch.ones_like(reset)[...,None], k), keep, 1)     # padding keeps the state
+    # padding keeps the state
+    if keep is not None: keep[:,:,:] = torch.where(_cut(torch.ones_like(reset)[...,None], k), keep, 1)
     def decay(i):
         a = torch.exp(dt[:,:,i,:,None]*A)                                         # (b, chunks, d, n)
         return a if keep is None else a*keep[:,:,i,:,None]
@@ -69,11 +71,13 @@ def _backward(x, dt, A, B, C, h0, reset, gy, gh):
     h, p, _ = _starts(u, B, decay, h0)
     hs, As = [h], []
     for i in range(k): As.append(decay(i)); hs.append(torch.addcmul(u[:,:,i,:,None]*B[:,:,i,None,:], As[i], hs[-1]))
-    g = torch.zeros_like(h)                                                       # each chunk's own part of its first state's gradient
+    # each chunk's own part of its first state's gradient
+    g = torch.zeros_like(h)
     for i in reversed(range(k)): g = As[i]*torch.addcmul(g, gy[:,:,i,:,None], C[:,:,i,None,:])
     ends = torch.empty_like(h)
     for c in reversed(range(h.shape[1])): ends[:,c] = gh; gh = torch.addcmul(g[:,c], p[:,c], gh)
-    g, gx, gdt, gB, gC, gA = ends, torch.empty_like(x), torch.empty_like(x), torch.empty_like(B), torch.empty_like(C), torch.zeros_like(A)
+    g, gx, gdt, gB, gC, gA = (ends, torch.empty_like(x), torch.empty_like(x),
+                              torch.empty_like(B), torch.empty_like(C), torch.zeros_like(A))
     for i in reversed(range(k)):
         q = torch.addcmul(g, gy[:,:,i,:,None], C[:,:,i,None,:])                   # gradient of the state after step i
         gC[:,:,i] = (gy[:,:,i,None]@hs[i+1])[:,:,0]
@@ -84,7 +88,7 @@ def _backward(x, dt, A, B, C, h0, reset, gy, gh):
         gA += (s*dt[:,:,i,:,None]).sum((0, 1))
     return *(t.flatten(1, 2)[:,:l] for t in (gx, gdt)), gA, *(t.flatten(1, 2)[:,:l] for t in (gB, gC)), gh
 
-# %% ../nbs/21_scan.ipynb #c5ff0b71
+# %% ../nbs/21_scan.ipynb #c74a33a9
 class TorchScan:
     "The scan in PyTorch, for any device, dtype and state size"
     name = 'torch'
@@ -97,7 +101,8 @@ class TorchScan:
             y[:,s], h = _forward(x[:,s], dt[:,s], A, B[:,s], C[:,s], h, None if reset is None else reset[:,s])
         return y, h, torch.stack(kept, 1)                                         # (b, blocks, d, n)
     def backward(self, x, dt, A, B, C, kept, reset, gy, gh):
-        gx, gdt, gA, gB, gC, m = torch.empty_like(x), torch.empty_like(x), torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C), self.block(x)
+        gx, gdt, gA, gB, gC, m = (torch.empty_like(x), torch.empty_like(x), torch.zeros_like(A),
+                                  torch.empty_like(B), torch.empty_like(C), self.block(x))
         for i in reversed(range(kept.shape[1])):
             s = slice(i*m, i*m+m)
             gx[:,s], gdt[:,s], ga, gB[:,s], gC[:,s], gh = _backward(x[:,s], dt[:,s], A, B[:,s], C[:,s], kept[:,i],
@@ -126,7 +131,8 @@ def selective_scan(x,            # (b, l, d) input
                    reset=None,   # (b, l) bool: forget the state before this token
                    kernel=None): # `TorchScan()`, `CppScan()`, or the fastest that takes these tensors
     "Mamba's selective scan, computed in float32 (float64 stays) → y (b, l, d), last state (b, d, n)"
-    if len({t.device for t in (x, dt, A, B, C)})>1: raise UserError('selective_scan: tensors on different devices. Move all of them to one.')
+    if len({t.device for t in (x, dt, A, B, C)})>1:
+        raise UserError('selective_scan: tensors on different devices. Move all of them to one.')
     T = torch.float64 if x.dtype==torch.float64 else torch.float32
     x, dt, A, B, C = (t.to(T).contiguous() for t in (x, dt, A, B, C))
     h0 = x.new_zeros(*x.shape[::2], A.shape[1]) if h0 is None else h0.to(x).contiguous()
@@ -235,22 +241,26 @@ extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
 EXPORT(float, f32) EXPORT(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #60fe6c40
+# %% ../nbs/21_scan.ipynb #d3095d0c
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
 
 def build(source, folder=None):
-    "Compile C++ `source` for this processor unless that was done before → the library's path. Raises OSError or CalledProcessError"
+    "Compile C++ `source` for this processor unless that was done before → the library's path. " \
+    "Raises OSError or CalledProcessError"
     cc = next((c for c in (os.environ.get('CXX'), 'g++', 'c++', 'clang++') if c and shutil.which(c)), None)
     if not cc: raise FileNotFoundError('no C++ compiler found (g++, c++, clang++ or $CXX)')
     version = subprocess.run([cc, '--version'], capture_output=True, text=True).stdout
-    cpu = next((s for s in Path('/proc/cpuinfo').read_text().splitlines() if s.startswith('flags')), '') if Path('/proc/cpuinfo').exists() else ''
-    key = hashlib.sha256('\n'.join((source, version, platform.machine(), platform.processor(), cpu)).encode()).hexdigest()[:16]
+    cpu = (next((s for s in Path('/proc/cpuinfo').read_text().splitlines() if s.startswith('flags')), '')
+           if Path('/proc/cpuinfo').exists() else '')
+    key = hashlib.sha256('\n'.join((source, version, platform.machine(), platform.processor(), cpu))
+                         .encode()).hexdigest()[:16]
     lib = Path(folder or cache_dir())/f'scan-{key}.so'
     if lib.exists(): return lib
     lib.parent.mkdir(parents=True, exist_ok=True)
-    tmp = lib.with_name(f'.{lib.name}-{os.getpid()}'); native = '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native'
+    tmp = lib.with_name(f'.{lib.name}-{os.getpid()}')
+    native = '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native'
     try:
         subprocess.run([cc, '-x', 'c++', '-', '-o', str(tmp), '-O3', native, '-ffp-contract=fast', '-shared', '-fPIC'],
                        input=source, text=True, capture_output=True, check=True, timeout=120)
@@ -279,23 +289,32 @@ class CppScan:
     def call(self, name, x, *a): getattr(self.lib, f'{name}_f{64 if x.dtype==torch.float64 else 32}')(*a)
     def forward(self, x, dt, A, B, C, h0, reset):
         (b, l, d), n, K = x.shape, A.shape[1], self.K
-        A, h0, r = A.t().contiguous(), h0.transpose(1, 2).contiguous(), None if reset is None else reset.to(torch.uint8).contiguous()
+        A, h0, r = (A.t().contiguous(), h0.transpose(1, 2).contiguous(),
+                    None if reset is None else reset.to(torch.uint8).contiguous())
         y, hs, h = torch.empty_like(x), x.new_empty(b, -(-l//K), n, d), torch.empty_like(h0)
         def f(job):
             i, c0, c1, _ = job
-            self.call('fwd', x, _ptr(x[i]), _ptr(dt[i]), _ptr(A), _ptr(B[i]), _ptr(C[i]), _ptr(h0[i]), _ptr(None if r is None else r[i]),
+            self.call('fwd', x, _ptr(x[i]), _ptr(dt[i]), _ptr(A),
+                      _ptr(B[i]), _ptr(C[i]), _ptr(h0[i]),
+                      _ptr(None if r is None else r[i]),
                       _ptr(y[i]), _ptr(hs[i]), _ptr(h[i]), *map(ctypes.c_int64, (l, d, n, K, c0, c1)))
         self.run(f, self.jobs(b, d))
         return y, h.transpose(1, 2), hs
     def backward(self, x, dt, A, B, C, hs, reset, gy, gh):
         (b, l, d), n, K = x.shape, A.shape[1], self.K
-        A, gh, r = A.t().contiguous(), gh.transpose(1, 2).clone(memory_format=torch.contiguous_format), None if reset is None else reset.to(torch.uint8).contiguous()
+        A, gh, r = (A.t().contiguous(), gh.transpose(1, 2).clone(memory_format=torch.contiguous_format),
+                    None if reset is None else reset.to(torch.uint8).contiguous())
         jobs = self.jobs(b, d); parts = max(j[3] for j in jobs)+1
-        gx, gdt, gA, gB, gC = torch.empty_like(x), torch.empty_like(x), x.new_zeros(b, n, d), x.new_empty(parts, b, l, n), x.new_empty(parts, b, l, n)
+        gx, gdt, gA, gB, gC = (torch.empty_like(x), torch.empty_like(x), x.new_zeros(b, n, d),
+                               x.new_empty(parts, b, l, n), x.new_empty(parts, b, l, n))
         def f(job):
             i, c0, c1, p = job; work = x.new_empty(4*K*n*64//x.element_size())
-            self.call('bwd', x, _ptr(x[i]), _ptr(dt[i]), _ptr(A), _ptr(B[i]), _ptr(C[i]), _ptr(None if r is None else r[i]), _ptr(hs[i]), _ptr(gy[i]),
-                      _ptr(gh[i]), _ptr(gx[i]), _ptr(gdt[i]), _ptr(gA[i]), _ptr(gB[p,i]), _ptr(gC[p,i]), _ptr(work), *map(ctypes.c_int64, (l, d, n, K, c0, c1)))
+            self.call('bwd', x, _ptr(x[i]), _ptr(dt[i]), _ptr(A),
+                      _ptr(B[i]), _ptr(C[i]), _ptr(None if r is None else r[i]),
+                      _ptr(hs[i]), _ptr(gy[i]),
+                      _ptr(gh[i]), _ptr(gx[i]), _ptr(gdt[i]), _ptr(gA[i]),
+                      _ptr(gB[p,i]), _ptr(gC[p,i]), _ptr(work),
+                      *map(ctypes.c_int64, (l, d, n, K, c0, c1)))
         self.run(f, jobs)
         return gx, gdt, gA.sum(0).t(), gB.sum(0), gC.sum(0), gh.transpose(1, 2)
 
@@ -306,7 +325,7 @@ def compiled():
     try: return CppScan(build(_cpp)), ''
     except (OSError, subprocess.SubprocessError, AttributeError) as e: return None, str(e).splitlines()[0][:200]
 
-# %% ../nbs/21_scan.ipynb #74a156b3
+# %% ../nbs/21_scan.ipynb #f3d93d5f
 class _Decays(torch.autograd.Function):
     "Log decays a (..., q) → L (..., q, q), L_ij = exp(a_{j+1} + ... + a_i) where `mask` allows, else 0"
     @staticmethod
@@ -320,11 +339,13 @@ class _Decays(torch.autograd.Function):
         return L
     @staticmethod
     def backward(ctx, g):
-        w = (g*ctx.saved_tensors[0]).cumsum(-1)                                   # (..., i, j): sums over the columns up to j
+        # (..., i, j): sums over the columns up to j
+        w = (g*ctx.saved_tensors[0]).cumsum(-1)
         return F.pad(w[...,:-1].tril(-1).sum(-2), (1, 0)), None
 
 class _Carry(torch.autograd.Function):
-    "States at chunk starts: H_0 = h0, H_{c+1} = p_c H_c + s_c. p (b, c, h), s (b, c, h, ...), h0 (b, h, ...) → (b, c+1, h, ...)"
+    "States at chunk starts: H_0 = h0, H_{c+1} = p_c H_c + s_c. " \
+    "p (b, c, h), s (b, c, h, ...), h0 (b, h, ...) → (b, c+1, h, ...)"
     @staticmethod
     def forward(ctx, p, s, h0):
         H = torch.cat([h0[:,None], s], 1); p = p.view(*p.shape, *[1]*(s.dim()-3))
@@ -344,7 +365,8 @@ def ssd(x,            # (b, l, h, p) input
         h0=None,      # (b, h, p, n) state to begin with
         reset=None,   # (b, l) bool: forget the state before this token
         chunk=64):    # Tokens to a chunk; the result does not depend on it
-    "Mamba-2's scan as matrix products (state space duality, arXiv:2405.21060, section 6) → y (b, l, h, p), last state (b, h, p, n)"
+    "Mamba-2's scan as matrix products (state space duality, arXiv:2405.21060, section 6) → y (b, l, h, p), " \
+    "last state (b, h, p, n)"
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     T = torch.float64 if x.dtype==torch.float64 else torch.float32
     x, dt, A, B, C = (t.to(T) for t in (x, dt, A, B, C))
@@ -353,25 +375,29 @@ def ssd(x,            # (b, l, h, p) input
     q = min(chunk, l)
     u, a, B, C = (_cut(t, q) for t in (x*dt[...,None], dt*A, B, C)); c = u.shape[1]
     a = a.transpose(2, 3).contiguous()                                            # (b, c, h, q)
-    s, e = a.cumsum(-1), F.pad(a[...,1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)    # log decay since the chunk's start, until its end
+    # log decay since the chunk's start, until its end
+    s, e = a.cumsum(-1), F.pad(a[...,1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     B, C = (t.transpose(2, 3) for t in (B, C))                                    # (b, c, g, q, n)
     mask = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
     first = last = 1
     if reset is not None:
-        doc = _cut(reset[...,None].long(), q)[...,0].cumsum(-1)[:,:,None]         # (b, c, 1, q): documents begun in this chunk
+        # (b, c, 1, q): documents begun in this chunk
+        doc = _cut(reset[...,None].long(), q)[...,0].cumsum(-1)[:,:,None]
         mask = mask & (doc[...,:,None]==doc[...,None,:])
-        first, last = (doc==0).to(T), (doc==doc[...,-1:]).to(T)                   # still the chunk's first, already its last document
+        # still the chunk's first, already its last document
+        first, last = (doc==0).to(T), (doc==doc[...,-1:]).to(T)
     L = _Decays.apply(a, mask)                                                    # (b, c, h, q, q)
     M = ((C@B.mT)[:,:,:,None]*L.unflatten(2, (g, -1))).flatten(2, 3)              # (b, c, h, q, q)
     u = u.transpose(2, 3)                                                         # (b, c, h, q, p)
-    new = u*(e.exp()*last)[...,None]                                              # what is left of each input at the chunk's end
+    # what is left of each input at the chunk's end
+    new = u*(e.exp()*last)[...,None]
     new = new.unflatten(2, (g, -1)).transpose(3, 4).flatten(4).mT@B               # (b, c, g, h/g p, n)
     H = _Carry.apply(s[...,-1].exp()*(first[...,-1] if reset is not None else 1), new.view(b, c, h, p, n), h0)
     old = C@H[:,:-1].view(b, c, g, -1, n).mT                                      # (b, c, g, q, h/g p)
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #727027ff
+# %% ../nbs/21_scan.ipynb #caa730b8
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -382,11 +408,14 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, taps):
         ctx.save_for_backward(x, w); ctx.taps = taps; k = len(w); y = x*w[-1]
-        for j in range(1, min(k, x.shape[1])): y[:,j:] += x[:,:-j]*w[-1-j] if taps is None else x[:,:-j]*w[-1-j]*taps[j-1][:,j:]
+        for j in range(1, min(k, x.shape[1])):
+            y[:,j:] += x[:,:-j]*w[-1-j] if taps is None else x[:,:-j]*w[-1-j]*taps[j-1][:,j:]
         return y
     @staticmethod
     def backward(ctx, g):
-        x, w = ctx.saved_tensors; taps, k = ctx.taps, len(w); gx, gw = g*w[-1], torch.zeros_like(w); gw[-1] = (g*x).sum((0, 1))
+        x, w = ctx.saved_tensors; taps, k = ctx.taps, len(w)
+        gx, gw = g*w[-1], torch.zeros_like(w)
+        gw[-1] = (g*x).sum((0, 1))
         for j in range(1, min(k, x.shape[1])):
             gj = g[:,j:] if taps is None else g[:,j:]*taps[j-1][:,j:]
             gx[:,:-j].addcmul_(gj, w[-1-j]); gw[-1-j] = (gj*x[:,:-j]).sum((0, 1))
@@ -401,7 +430,7 @@ def causal_conv(x,            # (b, l, d)
     y = _Conv.apply(x, w.t().to(x.dtype), taps)
     return y if bias is None else y + bias.to(y.dtype)
 
-# %% ../nbs/21_scan.ipynb #cac58124
+# %% ../nbs/21_scan.ipynb #241f8432
 def _docs(state, l):
     "The resets of the running forward pass, if they are for sequences of this length"
     return state.reset if state.reset is not None and state.reset.shape[1]==l else None
@@ -413,9 +442,12 @@ def _act(y, activation):
 def _replacements(state):
     "transformers' names → our functions with the same arguments"
     def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kw):
-        y = causal_conv(hidden_states.transpose(1, 2).to(weight.dtype), weight, bias, _docs(state, hidden_states.shape[-1]))
+        y = causal_conv(hidden_states.transpose(1, 2).to(weight.dtype), weight, bias,
+                        _docs(state, hidden_states.shape[-1]))
         return _act(y, activation).transpose(1, 2).to(hidden_states.dtype)
-    def mamba_selective_scan(hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **kw):
+    def mamba_selective_scan(hidden_states, dt, A, B, C, D=None, z=None,
+                             delta_bias=None, delta_softplus=False, return_last_state=False,
+                             **kw):
         x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))                 # (b, l, ·)
         if delta_bias is not None: dt = dt + delta_bias.to(dt.dtype)
         if delta_softplus: dt = F.softplus(dt)
@@ -423,7 +455,8 @@ def _replacements(state):
         if D is not None: y = torch.addcmul(y, x.to(y.dtype), D.to(y.dtype))
         if z is not None: y = y*F.silu(z.transpose(1, 2))
         return (y.transpose(1, 2), h) if return_last_state else y.transpose(1, 2)
-    def mamba2_chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
+    def mamba2_chunk_scan(hidden_states, dt, A, B, C, chunk_size, D=None,
+                          dt_bias=None, initial_states=None, dt_softplus=False,
                           dt_limit=(0.0, math.inf), return_final_states=False, **kw):
         if dt_bias is not None: dt = dt + dt_bias.to(dt.dtype)
         if dt_softplus: dt = F.softplus(dt)
@@ -439,9 +472,10 @@ _scans = {'mamba_selective_scan', 'mamba2_chunk_scan'}
 
 def mamba_blocks(model):
     "The modules of `model` that call a scan of transformers, by name"
-    return {n: m for n,m in model.named_modules() if _scans & set(getattr(inspect.unwrap(type(m).forward), '__code__', _Scan.forward.__code__).co_names)}
+    return {n: m for n,m in model.named_modules()
+            if _scans & set(getattr(inspect.unwrap(type(m).forward), '__code__', _Scan.forward.__code__).co_names)}
 
-# %% ../nbs/21_scan.ipynb #4f8a3421
+# %% ../nbs/21_scan.ipynb #9d6c3124
 class fast_scan:
     "Replace the slow scans in `model`; as a `with` block they are put back at its end, otherwise by `.undo()`"
     def __init__(self, model, quiet=False):   # quiet: say nothing of a model without Mamba blocks
@@ -465,7 +499,8 @@ class fast_scan:
         return ''
     def _replace(self, m, ours):
         f = inspect.unwrap(type(m).forward)
-        g = types.FunctionType(f.__code__, {**f.__globals__, **ours}, f.__name__, f.__defaults__, f.__closure__); g.__kwdefaults__ = f.__kwdefaults__
+        g = types.FunctionType(f.__code__, {**f.__globals__, **ours}, f.__name__, f.__defaults__, f.__closure__)
+        g.__kwdefaults__ = f.__kwdefaults__
         def forward(block, hidden_states, cache_params=None, *a, **kw):
             held = kw.get('past_key_values', cache_params)
             self.h0 = _held(held, block.layer_idx) if held is not None and hidden_states.shape[1]>1 else None
@@ -479,7 +514,8 @@ class fast_scan:
         while self.undos: self.undos.pop()()
     def __enter__(self): return self
     def __exit__(self, *a): self.undo()
-    def __repr__(self): return f'fast_scan({self.replaced} blocks{"".join(f"; {k}: {v}" for k,v in self.left.items())})'
+    def __repr__(self):
+        return f'fast_scan({self.replaced} blocks{"".join(f"; {k}: {v}" for k,v in self.left.items())})'
 
 def _held(cache, layer):
     "The recurrent state that `cache` holds for `layer`, or None"
