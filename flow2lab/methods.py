@@ -42,7 +42,7 @@ def adapted_layers(model):
     "{name: layer} of the linear layers that carry an adapter"
     return {n: c for n,_,c in _walk(bare(model)) if hasattr(c, 'base_layer')}
 
-# %% ../nbs/30_methods.ipynb #554ff521
+# %% ../nbs/30_methods.ipynb #35c2db00
 _ffn_out = ['down_proj', 'mlp.c_proj', 'dense_4h_to_h', 'fc2', 'w2']
 ROLES = dict(ia3=['k_proj', 'v_proj', 'c_attn', 'query_key_value', 'wk', 'wv'] + _ffn_out)
 
@@ -56,8 +56,10 @@ _fits = lambda name, t: name==t or name.endswith('.'+t)
 _passed_by = {**dict.fromkeys(('mamba2', 'falcon_h1', 'nemotron_h', 'granitemoehybrid', 'bamba'), ('out_proj',)),
               **dict.fromkeys(('mamba', 'falcon_mamba', 'jamba'), ('out_proj', 'dt_proj'))}
 def bypassed(model, name):
-    "Whether an adapter on layer `name` would be passed by: Mamba takes the weight of dt_proj, and its fused kernels that of out_proj, without calling the layer"
-    return any(_fits(name, t) for t in _passed_by.get(getattr(getattr(bare(model), 'config', None), 'model_type', ''), ()))
+    "Whether an adapter on layer `name` would be passed by: Mamba takes the weight of dt_proj, " \
+    "and its fused kernels that of out_proj, without calling the layer"
+    return any(_fits(name, t)
+               for t in _passed_by.get(getattr(getattr(bare(model), 'config', None), 'model_type', ''), ()))
 
 def target_layers(model, targets='all-linear'):
     "{name: (in, out)} of the linear layers that `targets` names; `UserError` when a name fits none"
@@ -65,19 +67,23 @@ def target_layers(model, targets='all-linear'):
     if ts=='all-linear': return {n: s for n,s in layers.items() if not bypassed(model, n)}
     for t in ts if str(targets) not in ROLES else []:
         if not any(_fits(n, t) for n in layers):
-            raise UserError(f'method_args.targets: no linear layer is called "{t}". {nearest(t, {n.rpartition(".")[2] for n in layers})}')
+            raise UserError(f'method_args.targets: no linear layer is called "{t}". '
+                            f'{nearest(t, {n.rpartition(".")[2] for n in layers})}')
     found = {n: s for n,s in layers.items() if any(_fits(n, t) for t in ts)}
     if (bad := next((n for n in found if bypassed(model, n)), '')):
-        raise UserError(f'method_args.targets: an adapter on {bad} would be passed by: Mamba takes its weight alone. Leave {bad.rpartition(".")[2]} out.')
-    if not found: raise UserError(f'method_args.targets: this model has none of {ts}. Name its layers, as in targets=["'
-                                  + '", "'.join(sorted({n.rpartition('.')[2] for n in layers})) + '"].')
+        raise UserError(f'method_args.targets: an adapter on {bad} would be passed by: Mamba takes its weight alone. '
+                        f'Leave {bad.rpartition(".")[2]} out.')
+    if not found:
+        raise UserError(f'method_args.targets: this model has none of {ts}. Name its layers, as in targets=["'
+                        + '", "'.join(sorted({n.rpartition('.')[2] for n in layers})) + '"].')
     return found
 
-# %% ../nbs/30_methods.ipynb #510229b9
+# %% ../nbs/30_methods.ipynb #7ce4b0b2
 def tensor_hash(t, block=4096):
     "A checksum of a tensor's raw bytes, dtype and shape; equal bytes give equal checksums on any device"
     import torch
-    if hasattr(t, '__tensor_flatten__'): return hash_of([tensor_hash(getattr(t, n)) for n in t.__tensor_flatten__()[0]])
+    if hasattr(t, '__tensor_flatten__'):
+        return hash_of([tensor_hash(getattr(t, n)) for n in t.__tensor_flatten__()[0]])
     b = t.detach().as_subclass(torch.Tensor).contiguous().reshape(-1).view(torch.uint8)
     if b.numel() % 8: b = torch.nn.functional.pad(b, (0, 8 - b.numel()%8))
     v = b.view(torch.int64); n = v.numel()//block*block
@@ -87,22 +93,26 @@ def tensor_hash(t, block=4096):
 def stored(model):
     "{name: tensors that hold the parameter}: itself, and its scales when bitsandbytes has quantized it"
     def scales(n, p):
-        if (q := getattr(p, 'quant_state', None)) is not None: return [q.absmax] + ([q.state2.absmax] if q.nested else [])
-        state = getattr(model.get_submodule(n.rpartition('.')[0]), 'state', None)       # LLM.int8 moves them here at its first forward
+        if (q := getattr(p, 'quant_state', None)) is not None:
+            return [q.absmax] + ([q.state2.absmax] if q.nested else [])
+        # LLM.int8 moves them here at its first forward
+        state = getattr(model.get_submodule(n.rpartition('.')[0]), 'state', None)
         s = getattr(p, 'SCB', None) if getattr(p, 'SCB', None) is not None else getattr(state, 'SCB', None)
         return [s] if s is not None and n.endswith('weight') else []
     return {n: [p] + scales(n, p) for n,p in model.named_parameters()}
 
-def _frozen(model): return {n: hash_of([tensor_hash(t) for t in ts]) for n,ts in stored(model).items() if not ts[0].requires_grad}
+def _frozen(model):
+    return {n: hash_of([tensor_hash(t) for t in ts]) for n,ts in stored(model).items() if not ts[0].requires_grad}
 
-# %% ../nbs/30_methods.ipynb #6faa44ab
+# %% ../nbs/30_methods.ipynb #9aac8765
 class CertificateError(Exception):
     "What trained is not what was asked for"
 
 def snapshot(model):
     "Checksums of every frozen and every trainable tensor, and of VeRA's shared projections"
     shared = {n: tensor_hash(b) for n,b in model.named_buffers() if 'vera_' in n}
-    return AttrDict(base=_frozen(model), shared=shared, trainable={n: tensor_hash(p) for n,p in model.named_parameters() if p.requires_grad},
+    return AttrDict(base=_frozen(model), shared=shared,
+                    trainable={n: tensor_hash(p) for n,p in model.named_parameters() if p.requires_grad},
                     print=getattr(model, 'base_print', None))
 
 def _moved(model, before, part=''):
@@ -110,7 +120,7 @@ def _moved(model, before, part=''):
     ps = [(n, p) for n,p in model.named_parameters() if p.requires_grad and part in n]
     return sum(before.trainable.get(n)!=tensor_hash(p) for n,p in ps), len(ps)
 
-# %% ../nbs/30_methods.ipynb #cec92a1f
+# %% ../nbs/30_methods.ipynb #f1b5937b
 def _some(d, n=3):
     ks = list(d); return {k: d[k] for k in {ks[0], ks[len(ks)//2], ks[-1]}} if len(ks)>n else d
 
@@ -121,7 +131,8 @@ def measured_rank(layer, r):
     with torch.no_grad():
         p = next(q for q in layer.parameters() if q.is_floating_point() and q.requires_grad)
         probe = torch.randn(r+16, i, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
-        if getattr(layer.get_base_layer().weight, 'dtype', p.dtype)==torch.bfloat16:       # its rounding would drown the update
+        # its rounding would drown the update
+        if getattr(layer.get_base_layer().weight, 'dtype', p.dtype)==torch.bfloat16:
             s = torch.linalg.svdvals((probe @ layer.get_delta_weight('default').to(p.dtype).T).cpu())
             return int((s > torch.finfo(p.dtype).eps * max(i, len(s)) * s[0]).sum())
         layer.eval(); out, base = layer(probe), layer.base_layer(probe); layer.train(was)
@@ -137,34 +148,43 @@ def low_rank(rank=lambda a: a.r):
         return dict(rank=max(found.values()))
     return check
 
-# %% ../nbs/30_methods.ipynb #6097549a
+# %% ../nbs/30_methods.ipynb #64e52225
 def scaled(scale):
     def check(model, a, before):
         for n,l in adapted_layers(model).items():
             if not math.isclose(l.scaling['default'], scale(a), rel_tol=1e-6):
-                raise CertificateError(f'{n}: the update is scaled by {l.scaling["default"]:.4g}, asked for {scale(a):.4g}')
+                raise CertificateError(f'{n}: the update is scaled by {l.scaling["default"]:.4g}, '
+                                       f'asked for {scale(a):.4g}')
         return dict(scale=scale(a))
     return check
 
 def magnitudes_moved(model, a, before):
     moved, n = _moved(model, before, 'lora_magnitude_vector')
-    if n < len(adapted_layers(model)): raise CertificateError(f'DoRA was asked for, but {n} of {len(adapted_layers(model))} layers have a magnitude vector')
+    if n < len(adapted_layers(model)):
+        raise CertificateError(f'DoRA was asked for, but {n} of {len(adapted_layers(model))} layers have a '
+                               'magnitude vector')
     if moved < n: raise CertificateError(f'{n-moved} of {n} magnitude vectors did not move')
     return dict(magnitudes_moved=n)
 
 def shared_frozen(model, a, before):
     ls = adapted_layers(model).values()
-    if any(not hasattr(l, 'vera_A') for l in ls): raise CertificateError('VeRA was asked for, but a layer has no shared projections')
+    if any(not hasattr(l, 'vera_A') for l in ls):
+        raise CertificateError('VeRA was asked for, but a layer has no shared projections')
     for part in ('vera_A', 'vera_B'):
-        if len({getattr(l, part)['default'].data_ptr() for l in ls})!=1: raise CertificateError(f'{part} is not shared by all layers')
-        if any(getattr(l, part)['default'].requires_grad for l in ls): raise CertificateError(f'{part} is trainable; VeRA freezes it')
+        if len({getattr(l, part)['default'].data_ptr() for l in ls})!=1:
+            raise CertificateError(f'{part} is not shared by all layers')
+        if any(getattr(l, part)['default'].requires_grad for l in ls):
+            raise CertificateError(f'{part} is trainable; VeRA freezes it')
     now = {n: tensor_hash(b) for n,b in model.named_buffers() if 'vera_' in n}
     if now!=before.shared: raise CertificateError('VeRA\'s shared projections changed during training')
     return dict(shared='frozen')
 
 def residual_changed(model, a, before):
-    if not before.print: raise CertificateError('PiSSA was asked for, but the base was not fingerprinted before; use flow2lab.methods.attach')
-    if weights_print(model)['linear']==before.print['linear']: raise CertificateError('PiSSA was asked for, but the frozen weights are still the base\'s')
+    if not before.print:
+        raise CertificateError('PiSSA was asked for, but the base was not fingerprinted before; '
+                               'use flow2lab.methods.attach')
+    if weights_print(model)['linear']==before.print['linear']:
+        raise CertificateError('PiSSA was asked for, but the frozen weights are still the base\'s')
     return dict(residual='changed')
 
 # %% ../nbs/30_methods.ipynb #2ecddb60
@@ -179,10 +199,11 @@ def full():
     "Every weight of the base: all parameters, tied ones once"
     return None
 
-# %% ../nbs/30_methods.ipynb #3964bad7
+# %% ../nbs/30_methods.ipynb #8bb914b2
 def _lora(r, alpha, dropout, targets, **kw):
     from peft import LoraConfig
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_names(targets), task_type='CAUSAL_LM', **kw)
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_names(targets),
+                      task_type='CAUSAL_LM', **kw)
 
 @method(count=per_layer(lambda i,o,a: a.r*(i+o)), checks=[scaled(lambda a: a.alpha/a.r), low_rank()])
 def lora(r:int=8,               # Rank of the update
@@ -199,36 +220,43 @@ def rslora(r:int=8, alpha:float=16, dropout:float=0.0, targets='all-linear'):
 
 @method(count=per_layer(lambda i,o,a: a.r*(i+o) + o), checks=[scaled(lambda a: a.alpha/a.r), magnitudes_moved])
 def dora(r:int=8, alpha:float=16, dropout:float=0.0, targets='all-linear'):
-    "LoRA on the direction of W, and its magnitude besides (Liu et al., 2024, arXiv:2402.09353): r (in + out) + out a layer"
+    "LoRA on the direction of W, and its magnitude besides (Liu et al., 2024, arXiv:2402.09353): r (in + out) " \
+    "+ out a layer"
     return _lora(r, alpha, dropout, targets, use_dora=True)
 
 @method(count=lora.count, checks=[scaled(lambda a: a.alpha/a.r), low_rank(), residual_changed])
 def pissa(r:int=8, alpha:float=16, dropout:float=0.0, targets='all-linear'):
-    "LoRA that starts from W's r largest singular directions (Meng et al., 2024, arXiv:2404.02948): r (in + out) a layer"
+    "LoRA that starts from W's r largest singular directions (Meng et al., 2024, arXiv:2404.02948): " \
+    "r (in + out) a layer"
     return _lora(r, alpha, dropout, targets, init_lora_weights='pissa')
 
-# %% ../nbs/30_methods.ipynb #fc48bb90
+# %% ../nbs/30_methods.ipynb #43fbbb45
 def _vera_seed(cfg, spec, layers, steps): cfg.projection_prng_key = spec.seed
 
 @method(count=per_layer(lambda i,o,a: a.r + o), checks=[shared_frozen], prepare=_vera_seed)
 def vera(r:int=256, dropout:float=0.0, targets='all-linear'):
-    "Two vectors that scale frozen random projections shared by all layers (Kopiczko et al., 2023, arXiv:2310.11454): r + out a layer"
+    "Two vectors that scale frozen random projections shared by all layers (Kopiczko et al., 2023, " \
+    "arXiv:2310.11454): r + out a layer"
     from peft import VeraConfig
     return VeraConfig(r=r, vera_dropout=dropout, target_modules=target_names(targets), task_type='CAUSAL_LM')
 
 def _first_rank(a): return max(a.r, int(1.5*a.r))
 def _adalora_steps(cfg, spec, layers, steps):
-    if not steps: raise UserError('method adalora: needs the number of training steps; pass attach(model, spec, steps=...)')
+    if not steps:
+        raise UserError('method adalora: needs the number of training steps; pass attach(model, spec, steps=...)')
     cfg.total_step, cfg.tinit, cfg.tfinal = steps, steps//10, 3*steps//10
 
-@method(count=per_layer(lambda i,o,a: _first_rank(a)*(i+o+1)), checks=[low_rank(_first_rank)], prepare=_adalora_steps, frozen='ranknum')
+@method(count=per_layer(lambda i,o,a: _first_rank(a)*(i+o+1)), checks=[low_rank(_first_rank)],
+        prepare=_adalora_steps, frozen='ranknum')
 def adalora(r:int=8, alpha:float=16, dropout:float=0.0, targets='all-linear'):
-    "P diag(e) Q, pruned from 1.5 r to r on average (Zhang et al., 2023, arXiv:2303.10512): 1.5 r (in + out + 1) a layer"
+    "P diag(e) Q, pruned from 1.5 r to r on average (Zhang et al., 2023, arXiv:2303.10512): " \
+    "1.5 r (in + out + 1) a layer"
     from peft import AdaLoraConfig
-    return AdaLoraConfig(init_r=_first_rank(AttrDict(r=r)), target_r=r, lora_alpha=alpha, lora_dropout=dropout, total_step=10,
+    return AdaLoraConfig(init_r=_first_rank(AttrDict(r=r)), target_r=r, lora_alpha=alpha,
+                         lora_dropout=dropout, total_step=10,
                          target_modules=target_names(targets), task_type='CAUSAL_LM')
 
-# %% ../nbs/30_methods.ipynb #5233e2d5
+# %% ../nbs/30_methods.ipynb #0a7f77c1
 def _ia3_count(layers, a, model):
     return sum(i if any(_fits(n, t) for t in _ffn_out) else o for n,(i,o) in layers.items())
 
@@ -242,9 +270,11 @@ def ia3(targets='ia3'):   # Layers; those in the role of the feed-forward's last
 
 @method(count=per_layer(lambda i,o,a: 2*a.r*(i+o)), checks=[scaled(lambda a: a.alpha/a.r)])
 def loha(r:int=8, alpha:float=16, dropout:float=0.0, targets='all-linear'):
-    "(B1 A1) * (B2 A2), elementwise, of rank up to r^2 (Hyeon-Woo et al., 2021, arXiv:2108.06098): 2 r (in + out) a layer"
+    "(B1 A1) * (B2 A2), elementwise, of rank up to r^2 (Hyeon-Woo et al., 2021, arXiv:2108.06098): " \
+    "2 r (in + out) a layer"
     from peft import LoHaConfig
-    return LoHaConfig(r=r, alpha=alpha, module_dropout=dropout, target_modules=target_names(targets), task_type='CAUSAL_LM')
+    return LoHaConfig(r=r, alpha=alpha, module_dropout=dropout, target_modules=target_names(targets),
+                      task_type='CAUSAL_LM')
 
 def divisors(n):
     "The two divisors of `n` nearest its square root, the smaller first"
@@ -259,19 +289,22 @@ def _lokr_count(i, o, a):
 def lokr(r:int=8, alpha:float=16, dropout:float=0.0, targets='all-linear'):
     "Kronecker product C x (B A) (Yeh et al., 2023, arXiv:2309.14859): o1 i1 + min(o2 i2, r (o2 + i2)) or so a layer"
     from peft import LoKrConfig
-    return LoKrConfig(r=r, alpha=alpha, module_dropout=dropout, target_modules=target_names(targets), task_type='CAUSAL_LM')
+    return LoKrConfig(r=r, alpha=alpha, module_dropout=dropout, target_modules=target_names(targets),
+                      task_type='CAUSAL_LM')
 
 def _oft_blocks(cfg, spec, layers, steps):
     for n,(i,_) in layers.items():
-        if i % cfg.oft_block_size: raise UserError(f'method oft: block={cfg.oft_block_size} does not divide the {i} inputs of {n}. '
-                                                   f'Choose a divisor of {math.gcd(*[i for i,_ in layers.values()])}.')
+        if i % cfg.oft_block_size:
+            raise UserError(f'method oft: block={cfg.oft_block_size} does not divide the {i} inputs of {n}. '
+                            f'Choose a divisor of {math.gcd(*[i for i,_ in layers.values()])}.')
 
 @method(count=per_layer(lambda i,o,a: i*(a.block-1)//2), checks=[], prepare=_oft_blocks)
 def oft(block:int=32,           # Inputs that are rotated together
         dropout:float=0.0, targets='all-linear'):
     "W turned by learned rotations of input blocks of b (Qiu et al., 2023, arXiv:2306.07280): in (b - 1)/2 a layer"
     from peft import OFTConfig
-    return OFTConfig(r=0, oft_block_size=block, module_dropout=dropout, target_modules=target_names(targets), task_type='CAUSAL_LM')
+    return OFTConfig(r=0, oft_block_size=block, module_dropout=dropout, target_modules=target_names(targets),
+                     task_type='CAUSAL_LM')
 
 # %% ../nbs/30_methods.ipynb #c113f5a1
 @method(count=lambda layers, a, model: a.tokens*bare(model).config.hidden_size, checks=[], packs=False, merges=False)
@@ -280,16 +313,18 @@ def prompt_tuning(tokens:int=16):   # Length of the learned prompt
     from peft import PromptTuningConfig
     return PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init='SAMPLE_VOCAB', task_type='CAUSAL_LM')
 
-# %% ../nbs/30_methods.ipynb #1bba13ad
+# %% ../nbs/30_methods.ipynb #2b20a90c
 def repacked(model):
     "Names of the 4-bit layers that bitsandbytes has repacked for the CPU"
-    return [n for n,p in model.named_parameters() if getattr(getattr(p, 'quant_state', None), 'packing_format_for_cpu', False)]
+    return [n for n,p in model.named_parameters()
+            if getattr(getattr(p, 'quant_state', None), 'packing_format_for_cpu', False)]
 
 def hold(model, held=True):
     "Forbid (or allow) bitsandbytes to repack 4-bit layers for fast inference on the CPU, which cannot be undone"
     fits = lambda m: m.out_features%32==0 and m.in_features%64==0     # its packing fails on other shapes
     for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = not held and fits(m) and _fast_cpu()
+        if hasattr(m, 'support_avx512bf16_for_cpu'):
+            m.support_avx512bf16_for_cpu = not held and fits(m) and _fast_cpu()
     return model
 
 def _fast_cpu():
@@ -309,44 +344,52 @@ def seeded(seed):
     import torch
     with torch.random.fork_rng(): torch.manual_seed(seed); yield
 
-# %% ../nbs/30_methods.ipynb #40073099
+# %% ../nbs/30_methods.ipynb #9b8729c3
 def weights_print(model):
-    "Fingerprint of a base: {'dense': embeddings, norms and head, 'linear': the linear layers, or '' when they are quantized}"
+    "Fingerprint of a base: " \
+    "{'dense': embeddings, norms and head, 'linear': the linear layers, or '' when they are quantized}"
     import torch
     m, parts = bare(model), dict(dense=[], linear=[])
     lin, quantized = linear_layers(model), is_quantized(model)
     for n,p in m.named_parameters():
         if any(k in n for k in ('lora_', 'vera_', 'ia3_', 'hada_', 'lokr_', 'oft_')): continue
         n = n.replace('.base_layer', ''); part = 'linear' if n.rpartition('.')[0] in lin else 'dense'
-        if p.device.type!='meta' and not (quantized and part=='linear'): parts[part].append((n, tensor_hash(p.detach().to(torch.bfloat16))))
+        if p.device.type!='meta' and not (quantized and part=='linear'):
+            parts[part].append((n, tensor_hash(p.detach().to(torch.bfloat16))))
     return {k: hash_of(v) if v else '' for k,v in parts.items()}
 
-# %% ../nbs/30_methods.ipynb #c4a1643a
+# %% ../nbs/30_methods.ipynb #2d293946
 def method_args(spec): return AttrDict(bound_args('method', method[spec.method], spec.method_args))
 
 def attach(model, spec, steps=None):   # `steps`: optimizer steps to come, which AdaLoRA needs
     "`model` ready to train by `spec.method`. Raises `UserError` when the method and the model do not fit"
     from peft import get_peft_model
     m, a = method[spec.method], method_args(spec)
-    if (bad := repacked(model)): raise UserError(f'{bad[0]}: repacked by bitsandbytes in an earlier forward pass, so it cannot train. Load the base afresh.')
+    if (bad := repacked(model)):
+        raise UserError(f'{bad[0]}: repacked by bitsandbytes in an earlier forward pass, so it cannot train. '
+                        'Load the base afresh.')
     hold(model); cfg = m(**a)
     if cfg is None:
-        if is_quantized(model): raise UserError('method full: a quantized base cannot be trained in full. Use an adapter, or leave base_quant empty.')
+        if is_quantized(model):
+            raise UserError('method full: a quantized base cannot be trained in full. '
+                            'Use an adapter, or leave base_quant empty.')
         model.requires_grad_(True); model.base_print = weights_print(model)
         return model
     layers = target_layers(model, a.targets) if 'targets' in a else {}
-    if getattr(cfg, 'target_modules', None)=='all-linear' and (len(layers)<len(linear_layers(model)) or any('.experts.' in n for n,_ in model.named_parameters())):
+    if getattr(cfg, 'target_modules', None)=='all-linear' and (
+        len(layers)<len(linear_layers(model)) or any('.experts.' in n for n,_ in model.named_parameters())):
         cfg.target_modules = sorted({n.rpartition('.')[2] for n in layers})
     if hasattr(m, 'prepare'): m.prepare(cfg, spec, layers, steps)
     print_ = weights_print(model)
     with seeded(spec.seed): model = get_peft_model(model, cfg)
     for n,p in model.named_parameters():
         if getattr(m, 'frozen', '') and m.frozen in n: p.requires_grad_(False)
-    if spec.train.get('checkpointing'): model.enable_input_require_grads()   # reentrant recomputation needs a gradient at its input
+    # reentrant recomputation needs a gradient at its input
+    if spec.train.get('checkpointing'): model.enable_input_require_grads()
     model.base_print = print_
     return model
 
-# %% ../nbs/30_methods.ipynb #fd6797ef
+# %% ../nbs/30_methods.ipynb #8bb750c4
 def certify(model,    # After training
             spec,     # What was asked for
             before):  # `snapshot(model)` from before the first step
@@ -359,7 +402,8 @@ def certify(model,    # After training
         if not torch.isfinite(p).all(): raise CertificateError(f'{k}: not finite')
     if set(adapted_layers(model))!=set(targets):
         odd = sorted(set(adapted_layers(model)) ^ set(targets))
-        raise CertificateError(f'{spec.method} was asked for on {len(targets)} layers and is on {len(adapted_layers(model))}; e.g. {odd[0]}')
+        raise CertificateError(f'{spec.method} was asked for on {len(targets)} layers and is on '
+                               f'{len(adapted_layers(model))}; e.g. {odd[0]}')
     found = {k: v for c in m.checks for k,v in c(model, a, before).items()}
     n, want = sum(p.numel() for p in trained.values()), m.count(targets, a, model)
     if n!=want: raise CertificateError(f'{spec.method}: {n:,} trainable parameters, its closed form gives {want:,}')
@@ -368,10 +412,11 @@ def certify(model,    # After training
         bad = sorted(k for k in now.keys() | before.base.keys() if now.get(k)!=before.base.get(k))
         raise CertificateError(f'{len(bad)} frozen weights changed, the first {bad[0]}')
     moved, of = _moved(model, before)
-    if not moved: raise CertificateError(f'nothing trained: all {of} trainable tensors are what they were at the start')
+    if not moved:
+        raise CertificateError(f'nothing trained: all {of} trainable tensors are what they were at the start')
     return dict(method=spec.method, trainable=n, layers=len(targets), moved=moved, of=of, frozen=len(now), **found)
 
-# %% ../nbs/30_methods.ipynb #694a9ad4
+# %% ../nbs/30_methods.ipynb #5d708eaa
 def tokenizer_hash(tok):
     "Hash of what a tokenizer does: its model, special tokens and chat template; '' for no tokenizer"
     if tok is None: return ''
@@ -382,7 +427,8 @@ def tokenizer_hash(tok):
 
 def _metric_row(name, m):
     ci = m.get('ci95'); show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
-    return f"| {name} | {show(m['value'])} | {f'{show(ci[0])} to {show(ci[1])}' if ci else ''} | {m.get('n', '')} | {m.get('unit', '')} |"
+    return (f"| {name} | {show(m['value'])} | {f'{show(ci[0])} to {show(ci[1])}' if ci else ''} "
+            f"| {m.get('n', '')} | {m.get('unit', '')} |")
 
 def adapter_card(spec, info, metrics, license):
     "The README.md of an adapter: what it is, from what, how it was made and did, and how to load it"
@@ -426,7 +472,7 @@ model = load_adapter({load}, 'this/folder', load_tokenizer({base!r}))   # checks
 or `peft.PeftModel.from_pretrained(base, 'this/folder')`, which does not check.
 '''
 
-# %% ../nbs/30_methods.ipynb #bc0e3ef2
+# %% ../nbs/30_methods.ipynb #95ff6c9f
 def save_adapter(model, folder, spec,
                  metrics=None,          # {name: {value, ci95, n, unit}} for the card
                  tok=None,              # Its hash goes with the adapter
@@ -434,10 +480,15 @@ def save_adapter(model, folder, spec,
                  data='',               # Fingerprint of the training rows
                  license='other'):      # Of the adapter, as the hub names licences
     "Write adapter_model.safetensors, adapter_config.json, flow2lab.json and the card to `folder`, whole or not at all"
-    if not hasattr(model, 'peft_config'): raise UserError(f'method {spec.method}: has no adapter to save; use model.save_pretrained(folder).')
+    if not hasattr(model, 'peft_config'):
+        raise UserError(f'method {spec.method}: has no adapter to save; use model.save_pretrained(folder).')
     base = spec.base.name if isinstance(spec.base, Spec) else str(spec.base)
-    info = dict(base=base, weights=model.base_print, tokenizer=tokenizer_hash(tok), method=spec.method, method_args=dict(method_args(spec)),
-                trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), certificate=certificate or {}, data=data, spec=spec.to_dict())
+    info = dict(base=base, weights=model.base_print, tokenizer=tokenizer_hash(tok),
+                method=spec.method,
+                method_args=dict(method_args(spec)),
+                trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                certificate=certificate or {}, data=data,
+                spec=spec.to_dict())
     with atomic_dir(folder) as d:
         model.peft_config['default'].base_model_name_or_path = base
         model.save_pretrained(d, save_embedding_layers=False)       # 'auto' asks the hub about the base's vocabulary
@@ -450,19 +501,22 @@ def load_adapter(model, folder, tok=None, trainable=False):
     from peft import PeftModel
     folder = Path(folder)
     for f in ('adapter_config.json', 'adapter_model.safetensors', 'flow2lab.json'):
-        if not (folder/f).is_file(): raise UserError(f'{folder.name}: no {f}. An adapter folder is what `save_adapter` wrote.')
+        if not (folder/f).is_file():
+            raise UserError(f'{folder.name}: no {f}. An adapter folder is what `save_adapter` wrote.')
     info, now = json.loads((folder/'flow2lab.json').read_text(encoding='utf-8')), weights_print(model)
     for part, name in dict(dense='embeddings and norms', linear='linear layers').items():
         if now[part] and info['weights'][part] and now[part]!=info['weights'][part]:
-            raise UserError(f"{folder.name}: trained on base \"{info['base']}\", and the {name} of this model are not that base's "
+            raise UserError(f"{folder.name}: trained on base \"{info['base']}\", "
+                            f"and the {name} of this model are not that base's "
                             f"({now[part]}, expected {info['weights'][part]}). Load that base.")
     if tok is not None and info['tokenizer'] not in ('', tokenizer_hash(tok)):
-        raise UserError(f"{folder.name}: trained with another tokenizer or chat template. Use that of base \"{info['base']}\".")
+        raise UserError(f"{folder.name}: trained with another tokenizer or chat template. "
+                        f"Use that of base \"{info['base']}\".")
     hold(model); model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     model.base_print = now
     return model.train(trainable)
 
-# %% ../nbs/30_methods.ipynb #671972f0
+# %% ../nbs/30_methods.ipynb #ba810ab3
 def estimate_spec(spec):
     "Parameters, trainable parameters and bytes of a Spec's parts, by formula; see `estimate_memory`"
     from flow2lab.models import count_params, estimate_memory, meta_model
@@ -474,6 +528,8 @@ def estimate_spec(spec):
         trainable = method[spec.method].count(target_layers(model, a.targets) if 'targets' in a else {}, a, model)
     t = spec.train or {}
     wide = dict(fp32=4, bf16=2, fp16=2).get(spec.dtype, 4 if t.get('precision')=='fp32' else 2)
-    e = estimate_memory(model, trainable, tokens=t.get('micro_tokens') or t.get('batch_tokens', 0), weight_bytes=4 if spec.method=='full' else wide,
-                        act_bytes=4 if t.get('precision')=='fp32' else 2, quant=spec.base_quant, checkpointing=t.get('checkpointing', False))
+    e = estimate_memory(model, trainable, tokens=t.get('micro_tokens') or t.get('batch_tokens', 0),
+                        weight_bytes=4 if spec.method=='full' else wide,
+                        act_bytes=4 if t.get('precision')=='fp32' else 2,
+                        quant=spec.base_quant, checkpointing=t.get('checkpointing', False))
     return dict(parameters=count_params(model).total, trainable=trainable, **e)
