@@ -76,7 +76,7 @@ def mamba2(size:str='nano', # One of `mamba2.sizes`
     return Mamba2Config(state_size=s.state, head_dim=s.head, num_heads=2*s.d//s.head, n_groups=1, chunk_size=64,
                         **_common(s, vocab))
 
-# %% ../nbs/20_models.ipynb #2ef8be7c
+# %% ../nbs/20_models.ipynb #822dc679
 @arch(sizes=dict(nano=_as_transformer('nano', experts=8, top_k=2), tiny=_as_transformer('tiny', experts=16, top_k=4),
                  small=_as_transformer('small', experts=16, top_k=4)), variant='match')
 def moe(size:str='nano',     # One of `moe.sizes`
@@ -98,7 +98,7 @@ def moe(size:str='nano',     # One of `moe.sizes`
                         f'Give one of {", ".join(str(i) for i in range(1, 65) if s.ffn%i==0)}.')
     return Qwen3MoeConfig(moe_intermediate_size=s.ffn//parts, intermediate_size=s.ffn,
                           num_experts=e, num_experts_per_tok=k,
-                          norm_topk_prob=True,
+                          norm_topk_prob=True, output_router_logits=True, router_aux_loss_coef=.01,
                           head_dim=s.d//s.heads, rope_theta=10_000., **_common(s, vocab), **_heads(s, context))
 
 # %% ../nbs/20_models.ipynb #f110461d

@@ -129,8 +129,8 @@ class nano_qa(Generated, squad_v2):
         ask = f'{row["context"]} {row["question"]}'
         return dict(messages=[dict(role='user', content=ask)], answer=(row['answers']['text'] or ['unanswerable'])[0])
 
-# %% ../nbs/13_nano.ipynb #3643ce4c
-LENGTHS = 8, 16, 32, 64      # sentences around the needle, about 7 tokens each
+# %% ../nbs/13_nano.ipynb #52242ca6
+LENGTHS = 8, 16, 32, 64      # sentences around the needle
 
 def needle_row(rng, lengths=LENGTHS):
     k, code = rng.choice(lengths), str(rng.randint(10, 99))
