@@ -15,17 +15,18 @@ __all__ = ['SPECIAL', 'CHATML', 'source', 'PASSAGE', 'rule', 'PLACES', 'SHINGLE'
            'checked', 'read_corpus', 'corpus_hash', 'corpus_stats', 'as_transformers', 'train_tokenizer',
            'token_stream']
 
-# %% ../nbs/12_corpus.ipynb #a4e5dd10
+# %% ../nbs/12_corpus.ipynb #619dc8cd
 import contextlib, hashlib, heapq, itertools, json, multiprocessing, os, re, shutil, sys, tempfile, unicodedata, zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import numpy as np
-from .core import Axis, UserError, atomic_write, find_data, fingerprint, fsync_dir, hash_of, relative, task, to_json
+from .core import (Axis, UserError, atomic_write, find_data, fingerprint, fsync_dir, hash_of, relative, task,
+                           to_json)
 from . import formats
 
-# %% ../nbs/12_corpus.ipynb #55247408
+# %% ../nbs/12_corpus.ipynb #600e2e43
 SPECIAL = ['<|endoftext|>', '<|pad|>', '<|im_start|>', '<|im_end|>']   # ids 0 to 3
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -33,25 +34,31 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 
 def doc_text(doc):
     "A document as text: itself, or chat messages in ChatML"
-    return doc if isinstance(doc, str) else ''.join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in doc)
+    return (doc if isinstance(doc, str) else
+            ''.join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in doc))
 
-# %% ../nbs/12_corpus.ipynb #32218ec3
+# %% ../nbs/12_corpus.ipynb #b692b42b
 source = Axis('source')
 
 @source
 def c4_english(): "C4, English web pages of 2019 (ODC-BY)"; return dict(repo='allenai/c4', config='en')
 
 @source
-def wikipedia_en(): "English Wikipedia of November 2023 (CC BY-SA)"; return dict(repo='wikimedia/wikipedia', config='20231101.en')
+def wikipedia_en():
+    "English Wikipedia of November 2023 (CC BY-SA)"; return dict(repo='wikimedia/wikipedia', config='20231101.en')
 
 @source
 def openwebtext(): "Pages linked from Reddit, after WebText (CC0)"; return dict(repo='Skylion007/openwebtext')
 
 @source
-def gutenberg(): "Books of Project Gutenberg, English (public domain in the US)"; return dict(repo='manu/project_gutenberg', split='en')
+def gutenberg():
+    "Books of Project Gutenberg, English (public domain in the US)"
+    return dict(repo='manu/project_gutenberg', split='en')
 
 @source
-def fineweb_edu(): "Web pages chosen for what they teach, 10 B tokens (ODC-BY)"; return dict(repo='HuggingFaceFW/fineweb-edu', config='sample-10BT')
+def fineweb_edu():
+    "Web pages chosen for what they teach, 10 B tokens (ODC-BY)"
+    return dict(repo='HuggingFaceFW/fineweb-edu', config='sample-10BT')
 
 # %% ../nbs/12_corpus.ipynb #a8e23347
 PASSAGE = 16_000    # Characters
@@ -90,15 +97,18 @@ def file_documents(path,             # Any file that `formats` reads
     "Yield dict(id, text) of a file, one at a time; `UserError` names the line of what is not text"
     return (d for _,d in _documents(path, skip_bad))
 
-# %% ../nbs/12_corpus.ipynb #b91e6d26
+# %% ../nbs/12_corpus.ipynb #ba41c1b4
 def _folder_files(p):
-    fs = [f for f in sorted(p.rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(p).parts)]
-    if not fs: raise UserError(f'{relative(p)}: an empty folder. Put text, JSONL or Parquet files into it, or name another.')
+    fs = [f for f in sorted(p.rglob('*'))
+          if f.is_file() and not any(x.startswith('.') for x in f.relative_to(p).parts)]
+    if not fs:
+        raise UserError(f'{relative(p)}: an empty folder. Put text, JSONL or Parquet files into it, or name another.')
     return fs
 
 def as_mix(sources):
     "`{name or path: weight}`, the weight None where nobody gave one"
-    if isinstance(sources, (str, Path)) and str(sources).endswith('.json') and formats.data_file(sources).stat().st_size<1<<20:
+    if (isinstance(sources, (str, Path)) and str(sources).endswith('.json')
+        and formats.data_file(sources).stat().st_size<1<<20):
         with contextlib.suppress(ValueError):
             d = json.loads(find_data(sources).read_text(encoding='utf-8'))
             if isinstance(d, dict) and d and all(isinstance(v, (int, float)) for v in d.values()): sources = d
@@ -149,14 +159,15 @@ class Doc:
     def _ids(self): return numbers(self.words)
     def _sizes(self): return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
-# %% ../nbs/12_corpus.ipynb #ea07de32
+# %% ../nbs/12_corpus.ipynb #415de679
 rule = Axis('rule')
 _mojibake = re.compile('[ÂÃâðÐÎ][\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]')
 _invisible = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]')
 
 @rule
 def encoding(d):
-    "Mend text decoded twice (mojibake), line ends and invisible characters; remove what is over 1% replacement characters"
+    "Mend text decoded twice (mojibake), line ends and invisible characters; " \
+    "remove what is over 1% replacement characters"
     t = d.text.replace('\r\n', '\n').replace('\r', '\n') if '\r' in d.text else d.text
     if not t.isascii():
         if _mojibake.search(t):
@@ -168,11 +179,13 @@ def encoding(d):
     t = _invisible.sub('', t).strip()
     return None if t==d.text else t
 
-_policy = 'javascript', 'terms of use', 'privacy policy', 'cookie policy', 'uses cookies', 'use of cookies', 'use cookies'
+_policy = ('javascript', 'terms of use', 'privacy policy', 'cookie policy', 'uses cookies', 'use of cookies',
+           'use cookies')
 
 @rule
 def boilerplate(d):
-    "Take out lines about cookies, policies and JavaScript and Gutenberg's licence; remove documents with lorem ipsum (C4)"
+    "Take out lines about cookies, policies and JavaScript and Gutenberg's licence; " \
+    "remove documents with lorem ipsum (C4)"
     low = d.lower
     if 'lorem ipsum' in low: return ''
     t = d.text
@@ -223,8 +236,8 @@ def _repeated_lines(parts, total, share, chars):
     return n>share*len(parts) or c>chars*total
 
 @rule
-def repetition(d, top=(.2, .18, .16),                                # Share of characters in the most frequent 2-, 3-, 4-gram
-                  again=(.15, .14, .13, .12, .11, .10)):             # In 5- to 10-grams that have occurred before
+def repetition(d, top=(.2, .18, .16),                      # Share of characters in the most frequent 2-, 3-, 4-gram
+                  again=(.15, .14, .13, .12, .11, .10)):   # In 5- to 10-grams that have occurred before
     "The same lines, paragraphs or runs of words over and over (Gopher)"
     t, n = d.text, max(1, len(d.text))
     if _repeated_lines([l.strip() for l in d.lines], n, .3, .2): return ''
@@ -238,20 +251,25 @@ def repetition(d, top=(.2, .18, .16),                                # Share of 
             if count[i]>1 and count[i]*(ends[first[i]+k]-ends[first[i]]-1) > top[k-2]*n: return ''
         if k<5: continue
         if _repeats(h)*longest<=again[-1]*n: return                # and longer runs cover less
-        at = np.flatnonzero(_again(h)); covered = np.zeros(len(d.ids)+1, int); np.add.at(covered, at, 1); np.add.at(covered, at+k, -1)
+        at = np.flatnonzero(_again(h))
+        covered = np.zeros(len(d.ids)+1, int)
+        np.add.at(covered, at, 1)
+        np.add.at(covered, at+k, -1)
         if d.sizes[np.cumsum(covered)[:-1]>0].sum()>again[k-5]*n: return ''
 
-def _most(h): "At least as often as any number occurs in `h`"; return np.bincount((h>>np.uint64(52)).astype(np.int64)).max()
+def _most(h):
+    "At least as often as any number occurs in `h`"; return np.bincount((h>>np.uint64(52)).astype(np.int64)).max()
 def _repeats(h): "How many of `h` have occurred before"; s = np.sort(h); return np.count_nonzero(s[1:]==s[:-1])
 
 @rule
 def language(d, language='en'):
-    "Not in the language asked for, by py3langid on the first 500 characters and, if those say so, on 2,000; '' takes any"
+    "Not in the language asked for, by py3langid on the first 500 characters and, if those say so, on 2,000; " \
+    "'' takes any"
     if not language: return
     from py3langid import classify
     if classify(d.text[:500])[0]!=language and classify(d.text[:2000])[0]!=language: return ''
 
-# %% ../nbs/12_corpus.ipynb #1cac275e
+# %% ../nbs/12_corpus.ipynb #46cc132a
 def clean(text,           # Of one document
           rules=None,     # Names of rules, or {name: arguments}; None for all
           language='en'): # For the rules that depend on it, '' for any
@@ -271,16 +289,19 @@ def apply_rules(d, settings):
 
 def rule_settings(rules=None, language='en'):
     "`{name: arguments}` in the order in which the rules run"
-    given = dict.fromkeys(rule, {}) if rules is None else rules if isinstance(rules, dict) else dict.fromkeys(rules, {})
+    given = (dict.fromkeys(rule, {}) if rules is None else
+             rules if isinstance(rules, dict) else dict.fromkeys(rules, {}))
     for n in given: rule[n]
-    return {n: dict(given[n], **({'language': language} if n in ('language', 'stop_words') and 'language' not in given[n] else {}))
+    return {n: dict(given[n], **({'language': language} if n in ('language', 'stop_words')
+                                 and 'language' not in given[n] else {}))
             for n in rule if n in given}
 
-# %% ../nbs/12_corpus.ipynb #a948760d
+# %% ../nbs/12_corpus.ipynb #182a84aa
 PLACES, SHINGLE = 128, 3      # Numbers in a sketch, words in a run
 
 def _minhash(*args):
-    "rensa's digests on one thread: its pool of threads would not outlive the fork of a worker, which would then wait for ever"
+    "rensa's digests on one thread: its pool of threads would not outlive the fork of a worker, " \
+    "which would then wait for ever"
     import rensa
     old = os.environ.get('RAYON_NUM_THREADS'); os.environ['RAYON_NUM_THREADS'] = '1'
     try: return rensa.RMinHash.digest_matrix_from_flat_token_hashes(*args, num_perm=PLACES, seed=1)
@@ -289,7 +310,9 @@ def _minhash(*args):
 def sketch(ids):
     "Numbers of the words of each document → (hash of all words (n), sketches (n, 128) uint32)"
     ids = [i if len(i) else numbers(['']) for i in ids]
-    exact = np.array([int.from_bytes(hashlib.blake2b(i.tobytes(), digest_size=8).digest(), 'little') for i in ids], np.uint64)
+    exact = np.array([int.from_bytes(hashlib.blake2b(i.tobytes(), digest_size=8).digest(), 'little')
+                      for i in ids],
+                     np.uint64)
     rs = [runs(i, SHINGLE) for i in ids]; ends = np.cumsum([0]+[len(r) for r in rs])
     m = _minhash(np.concatenate(rs), ends.astype(np.uint64))
     return exact, np.array(m.to_rows(), np.uint32)
@@ -299,7 +322,8 @@ def band_rows(near):
     return max(r for r in (1, 2, 4, 8, 16, 32) if r==1 or (1-near**r)**(PLACES//r)<.06)
 
 def check_near(near):
-    if near and not 0<near<=1: raise UserError(f'near={near}: give a similarity between 0 and 1, or 0 to keep near-duplicates.')
+    if near and not 0<near<=1:
+        raise UserError(f'near={near}: give a similarity between 0 and 1, or 0 to keep near-duplicates.')
 
 class Sketches:
     "Sketches on disk, and the duplicates among them"
@@ -315,20 +339,26 @@ class Sketches:
         for b,k in enumerate(self.keys):
             with open(k, 'ab') as f: runs_of(sk[:,b*self.r:(b+1)*self.r]).tofile(f)
     def duplicates(self):
-        "(True where a document goes because of an exact copy before it, because of a near one, pairs (m, 2), their similarity (m))"
+        "(True where a document goes because of an exact copy before it, because of a near one, pairs (m, 2), " \
+        "their similarity (m))"
         exact = _again(np.concatenate(self.exact)) if self.n else np.zeros(0, bool)
-        pairs, alike = self.pairs(np.flatnonzero(~exact)) if self.near and self.n else (np.zeros((0, 2), int), np.zeros(0))
+        pairs, alike = (self.pairs(np.flatnonzero(~exact)) if self.near and self.n else
+                        (np.zeros((0, 2), int), np.zeros(0)))
         return exact, _not_first(self.n, pairs), pairs, alike
     def pairs(self, live):
-        "Pairs of `live` documents that share a band and are alike: each with the first and the one before it in its band"
+        "Pairs of `live` documents that share a band and are alike: " \
+        "each with the first and the one before it in its band"
         found = []
         for k in self.keys:
             keys = np.fromfile(k, np.uint64)[live]; order = np.argsort(keys, kind='stable'); s = keys[order]
             same = np.flatnonzero(s[1:]==s[:-1])+1; first = np.searchsorted(s, s[same]) if len(same) else same
-            found += [live[order[o]].astype(np.uint64)<<np.uint64(32) | live[order[same]].astype(np.uint64) for o in (same-1, first)]
+            found += [live[order[o]].astype(np.uint64)<<np.uint64(32) | live[order[same]].astype(np.uint64)
+                      for o in (same-1, first)]
             found = [np.unique(np.concatenate(found))]
         pairs = np.stack([found[0]>>np.uint64(32), found[0] & np.uint64(2**32-1)], 1).astype(np.int64)
-        alike = np.concatenate([self.similarity(pairs[i:i+20_000]) for i in range(0, len(pairs), 20_000)] or [np.zeros(0)])
+        alike = np.concatenate([self.similarity(pairs[i:i+20_000])
+                                for i in range(0, len(pairs), 20_000)]
+                               or [np.zeros(0)])
         return pairs[alike>=self.near], alike[alike>=self.near]
     def similarity(self, pairs):
         sk = np.memmap(self.file, np.uint32, 'r', shape=(self.n, PLACES))
@@ -350,7 +380,7 @@ def _not_first(n, pairs):
         a, b = sorted((top(a), top(b))); up[b] = a
     return up!=np.arange(n)
 
-# %% ../nbs/12_corpus.ipynb #de920dfe
+# %% ../nbs/12_corpus.ipynb #87a3d6e4
 CHUNK = 4_000_000    # Characters that a worker gets at once
 
 def chunks(docs, size=None):
@@ -362,7 +392,8 @@ def chunks(docs, size=None):
     if part: yield part
 
 def in_order(f, jobs, workers=0):
-    "`f(*job)` for each of `jobs`, in order, by `workers` processes (0: one a core); one job, or one worker, needs no process"
+    "`f(*job)` for each of `jobs`, in order, by `workers` processes (0: one a core); " \
+    "one job, or one worker, needs no process"
     jobs, n = iter(jobs), workers or os.cpu_count()
     head = list(itertools.islice(jobs, 2))
     jobs = itertools.chain(head, jobs)
@@ -376,11 +407,12 @@ def in_order(f, jobs, workers=0):
                 if len(todo)>n+1: yield todo.popleft().result()
             while todo: yield todo.popleft().result()
         except BrokenProcessPool:
-            raise UserError('a worker process was killed, perhaps for want of memory. What was finished is kept: the same command goes on; use fewer with --workers.') from None
+            raise UserError('a worker process was killed, perhaps for want of memory. '
+                            'What was finished is kept: the same command goes on; use fewer with --workers.') from None
         finally:
             for t in todo: t.cancel()
 
-# %% ../nbs/12_corpus.ipynb #dde25883
+# %% ../nbs/12_corpus.ipynb #ee2de3ac
 class Report(dict):
     "Facts as a dict that prints as `text`"
     def __init__(self, d, text): super().__init__(d); self.text = text
@@ -395,7 +427,8 @@ def _room(where):
     "Turn a full disk (or a file size limit) into a sentence"
     try: yield
     except OSError as e:
-        raise UserError(f'{relative(where)}: cannot write ({e.strerror or str(e).splitlines()[0]}). What was finished is kept; '
+        raise UserError(f'{relative(where)}: cannot write ({e.strerror or str(e).splitlines()[0]}). '
+                        'What was finished is kept; '
                         'free some space or choose another place, and the same command goes on.') from e
 
 def dedup(path,             # JSONL (or any file of rows) with `text`, and perhaps `id`
@@ -415,10 +448,12 @@ def dedup(path,             # JSONL (or any file of rows) with `text`, and perha
         formats.write_rows((r for (r, _),g in zip(_documents(path, skip_bad), gone) if not g), out)
     d = dict(documents=len(ids), exact=int(exact.sum()), near=near_ids, kept=int((~gone).sum()))
     few = [f'  {a} ~ {b}  {s:.2f}' for (a,b),s in zip(near_ids[:20], alike)]
-    return Report(d, '\n'.join([f'{d["documents"]} documents: {d["exact"]} exact copies, {int(close.sum())} near-duplicates, {d["kept"]} kept'] + few
+    return Report(d, '\n'.join([f'{d["documents"]} documents: {d["exact"]} exact copies, '
+                                f'{int(close.sum())} near-duplicates, {d["kept"]} kept']
+                               + few
                                + ([f'  and {len(near_ids)-20} more pairs'] if len(near_ids)>20 else [])))
 
-# %% ../nbs/12_corpus.ipynb #50010b98
+# %% ../nbs/12_corpus.ipynb #49398114
 GRAM, _word = 13, re.compile(r'\w+')
 
 def plain_words(text): return _word.findall(text.lower())
@@ -439,14 +474,18 @@ class Leaks:
             h = runs(numbers(w), GRAM); at = np.minimum(np.searchsorted(self.grams, h), len(self.grams)-1)
             if len(hit := np.flatnonzero(self.grams[at]==h)): return self.places[at[hit[0]]]
         if self.short:
-            return next((p for l in text.split('\n') if len(l)<500 and (p := self.short.get(' '.join(plain_words(l))))), None)
+            return next((p for l in text.split('\n')
+                         if len(l)<500 and (p := self.short.get(' '.join(plain_words(l))))),
+                        None)
 
 def leak_items(against):
-    "(place, text) of all items of tasks and files: `name`, `name=path of its test file`, or the path of a file of rows"
+    "(place, text) of all items of tasks and files: `name`, `name=path of its test file`, " \
+    "or the path of a file of rows"
     for a in [against] if isinstance(against, str) else against:
         name, _, path = str(a).partition('=')
         if name in task:
-            for r in task[name].load(path=path) if path else task[name].load(): yield f'{name}:{r["id"]}', task[name].text(r)
+            for r in task[name].load(path=path) if path else task[name].load():
+                yield f'{name}:{r["id"]}', task[name].text(r)
         elif path or not (Path(name).suffix or os.path.exists(name)): task[name]
         else:
             p = formats.data_file(name)
@@ -457,7 +496,7 @@ def _question(r):
     try: return formats.question(formats.canonical(dict(r)))
     except UserError: return ' '.join(v for v in r.values() if isinstance(v, str))
 
-# %% ../nbs/12_corpus.ipynb #b4a3ad57
+# %% ../nbs/12_corpus.ipynb #1d3dd681
 SAMPLES = 3      # Kept of what each rule removed, in one chunk and in the end
 VERSION = 1      # Of the rules: a change of their code that changes what they do
 
@@ -466,7 +505,8 @@ def _short(t, n=160): return ' '.join(t.split())[:n]
 def clean_chunk(docs, path, rules, leaks):
     "Clean `docs` and write what is left to the Parquet file `path`; returns the counts"
     import pyarrow as pa
-    kept, hashed, c = [], [], dict(documents=len(docs), chars=sum(len(d['text']) for d in docs), removed=Counter(), changed=Counter(), samples={})
+    kept, hashed, c = [], [], dict(documents=len(docs), chars=sum(len(d['text']) for d in docs),
+                                   removed=Counter(), changed=Counter(), samples={})
     def gone(why, d, note=''):
         c['removed'][why] += 1
         if len(s := c['samples'].setdefault(why, []))<SAMPLES: s.append(dict(id=d['id'], text=note+_short(d['text'])))
@@ -476,8 +516,11 @@ def clean_chunk(docs, path, rules, leaks):
         elif leaks and (place := leaks.find(t.text)): gone('contamination', d, f'[{place}] ')
         else: kept.append((d['id'], t.text)); hashed.append(t.ids)
     exact, sk = sketch(hashed) if kept else (np.zeros(0, np.uint64), np.zeros((0, PLACES), np.uint32))
-    sk = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4*PLACES), len(sk), [None, pa.py_buffer(np.ascontiguousarray(sk))])
-    t = pa.table([pa.array([i for i,_ in kept], pa.string()), pa.array([t for _,t in kept], pa.string()), pa.array([len(t) for _,t in kept], pa.int32()),
+    sk = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4*PLACES), len(sk),
+                                              [None, pa.py_buffer(np.ascontiguousarray(sk))])
+    t = pa.table([pa.array([i for i,_ in kept], pa.string()),
+                  pa.array([t for _,t in kept], pa.string()),
+                  pa.array([len(t) for _,t in kept], pa.int32()),
                   pa.array(exact, pa.uint64()), sk], ['id', 'text', 'chars', 'exact', 'sketch'])
     write_parquet([t.replace_schema_metadata({'counts': to_json(c)})], path)
     return c
@@ -526,9 +569,10 @@ def clean_input(docs,          # Called for the documents if they are needed
     total['chunks'] = n; atomic_write(done, to_json(total))
     return total
 
-def _clean_or_find(docs, path, *settings): return _counts(path) if path.exists() else clean_chunk(docs, path, *settings)
+def _clean_or_find(docs, path, *settings):
+    return _counts(path) if path.exists() else clean_chunk(docs, path, *settings)
 
-# %% ../nbs/12_corpus.ipynb #13411dc8
+# %% ../nbs/12_corpus.ipynb #0b79527b
 def _read_columns(path, columns):
     import pyarrow.parquet as pq
     with pq.ParquetFile(path, pre_buffer=False) as f: yield from f.iter_batches(1000, columns=columns)
@@ -542,21 +586,26 @@ def find_duplicates(parts, near, tmp):
             s.add(b.column(0).to_numpy(), sk)
     return s.duplicates()
 
-def _chars(parts): return np.concatenate([np.zeros(0, np.int64)] + [b.column(0).to_numpy() for p in parts for b in _read_columns(p, ['chars'])])
+def _chars(parts):
+    return np.concatenate([np.zeros(0, np.int64)] + [b.column(0).to_numpy() for p in parts
+                                                     for b in _read_columns(p, ['chars'])])
 
 def _kept(parts, keep, name):
     "Documents of one source that stay, with the source's name"
     at = 0
     for p in parts:
         for b in _read_columns(p, ['id', 'text']):
-            for i in np.flatnonzero(keep[at:at+len(b)]).tolist(): yield dict(id=b.column(0)[i].as_py(), text=b.column(1)[i].as_py(), source=name)
+            for i in np.flatnonzero(keep[at:at+len(b)]).tolist():
+                yield dict(id=b.column(0)[i].as_py(), text=b.column(1)[i].as_py(), source=name)
             at += len(b)
 
 def thinned(docs, share, seed):
     "About `share` of `docs`, chosen by a hash of seed and id"
     limit = int(share*2**64)
     for d in docs:
-        if share>=1 or int.from_bytes(hashlib.blake2b(f'{seed}:{d["id"]}'.encode(), digest_size=8).digest(), 'little')<limit: yield d
+        if share>=1 or int.from_bytes(hashlib.blake2b(f'{seed}:{d["id"]}'.encode(), digest_size=8).digest(),
+                                      'little')<limit:
+            yield d
 
 def take_turns(streams, sizes):
     "Documents of all `streams`, next always from the one of which the smallest part of its size (characters) has come"
@@ -567,7 +616,8 @@ def take_turns(streams, sizes):
         yield d; heapq.heappush(heap, (done+len(d['text'])/max(1, sizes[k]), k))
 
 def shares(sizes, weights):
-    "What part of each source stays so that those with a weight stand in its proportion; one without (None) stays whole"
+    "What part of each source stays so that those with a weight stand in its proportion; " \
+    "one without (None) stays whole"
     total = min((s/w for s,w in zip(sizes, weights) if w is not None), default=0)
     return [1. if w is None else total*w/s if s else 0. for s,w in zip(sizes, weights)]
 
@@ -585,7 +635,7 @@ def write_shards(docs, folder, size):
         out.append(dict(facts, name=f'{folder.name}/{p.name}', bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
-# %% ../nbs/12_corpus.ipynb #8c6b1761
+# %% ../nbs/12_corpus.ipynb #63524b8a
 class Prepared(Report):
     "What `prepare` made: `folder`, `documents`, `report`, and `fresh`, False if it was there already"
     def __init__(self, folder, manifest, fresh):
@@ -594,7 +644,8 @@ class Prepared(Report):
         super().__init__(dict(manifest, folder=str(folder), fresh=fresh), _prepared_text(folder, manifest, fresh))
 
 def _prepared_text(folder, m, fresh):
-    lines = [f'{relative(folder)}: {m["documents"]:,} documents, {m["chars"]:,} characters in {len(m["files"])} shards' + ('' if fresh else ' (already there)')]
+    lines = [f'{relative(folder)}: {m["documents"]:,} documents, {m["chars"]:,} characters in {len(m["files"])} shards'
+             + ('' if fresh else ' (already there)')]
     for s in m['report']['sources']:
         lines.append(f'  {s["name"]}: {s["documents"]:,} read, {s["kept"]:,} kept, share {s["share"]:.1%}')
         lines += [f'    - {n:,} {why}' for why,n in sorted(s['removed'].items(), key=lambda o: -o[1]) if n]
@@ -606,10 +657,14 @@ def _inputs(sources, limit, skip_bad):
     out, names = [], set()
     for name,w in as_mix(sources).items():
         if (files := source_files(name)) is not None:
-            parts = [(f.name, [f.name, fingerprint(f, 64)], lambda f=f: itertools.islice(file_documents(f, skip_bad), limit or None)) for f in files]
+            parts = [(f.name, [f.name, fingerprint(f, 64)],
+                      lambda f=f: itertools.islice(file_documents(f, skip_bad), limit or None))
+                     for f in files]
         else:
             d = dict(dict(config=None, split='train'), **source[name]())
-            if not limit: raise UserError(f'{name}: a stream from the hub has no end. Say how many documents with --limit, e.g. --limit 100000.')
+            if not limit:
+                raise UserError(f'{name}: a stream from the hub has no end. Say how many documents with --limit, e.g. '
+                                '--limit 100000.')
             rows = lambda d=d, name=name: (dict(id=str(r.get('id') or r.get('url') or f'{name}:{i}'), text=_text_of(r))
                                            for i,r in enumerate(itertools.islice(hub_rows(d['repo'], d['config'], d['split']), limit)))
             parts = [(name, d, rows)]
@@ -636,7 +691,9 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
     against = [against] if isinstance(against, str) else list(against)
     inputs, settings = _inputs(sources, limit, skip_bad), rule_settings(rules, language)
     leaks = Leaks(leak_items(against)) if against else None
-    base = dict(rules=settings, leaks=hash_of([leaks.grams.tolist(), leaks.short]) if leaks else '', limit=limit, skip_bad=skip_bad, version=[VERSION, CHUNK, PLACES, SHINGLE])
+    base = dict(rules=settings, leaks=hash_of([leaks.grams.tolist(), leaks.short]) if leaks else '',
+                limit=limit, skip_bad=skip_bad,
+                version=[VERSION, CHUNK, PLACES, SHINGLE])
     inputs = [(name, w, [(label, hash_of([base, key]), docs) for label,key,docs in parts]) for name,w,parts in inputs]
     found = hash_of([[k for _,_,ps in inputs for _,k,_ in ps], near])
     whole = hash_of([found, [(n, w, len(ps)) for n,w,ps in inputs], shard_mb, seed])
@@ -651,19 +708,23 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
         srcs.append((name, w, ps, s))
     keep, pairs = _mark_duplicates(srcs, stages/f'duplicates-{found}.npz', near)
     m = _assemble(out, whole, srcs, keep, seed, int(shard_mb*1e6))
-    m['settings'] = dict(base, near=near, shard_mb=shard_mb, seed=seed, language=language, against=against, leak_items=leaks.items if leaks else 0)
+    m['settings'] = dict(base, near=near, shard_mb=shard_mb, seed=seed, language=language,
+                         against=against, leak_items=leaks.items if leaks else 0)
     m['report']['near'] = pairs
     with _room(out): atomic_write(out/'manifest.json', to_json(m, indent=1))
-    drop_stale(out, {f'shards-{whole}', f'duplicates-{found}.npz'} | {f'clean-{k}' for _,_,ps in inputs for _,k,_ in ps})
+    drop_stale(out, {f'shards-{whole}', f'duplicates-{found}.npz'}
+               | {f'clean-{k}' for _,_,ps in inputs for _,k,_ in ps})
     return Prepared(out, m, True)
 
 def _mark_duplicates(srcs, path, near):
-    "For each source (exact copies, near ones, characters) of its documents; and samples of the pairs. Kept in the file `path`"
+    "For each source (exact copies, near ones, characters) of its documents; and samples of the pairs. " \
+    "Kept in the file `path`"
     parts = [p for _,_,ps,_ in srcs for p in ps]
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as tmp, _room(path):
             exact, close, pairs, alike = find_duplicates(parts, near, tmp)
-            np.savez(f'{tmp}/d.npz', exact=exact, close=close, pairs=pairs, alike=alike); os.replace(f'{tmp}/d.npz', path)
+            np.savez(f'{tmp}/d.npz', exact=exact, close=close, pairs=pairs, alike=alike)
+            os.replace(f'{tmp}/d.npz', path)
     d, out, at = np.load(path), [], 0
     exact, close = d['exact'], d['close']
     for _,_,ps,_ in srcs:
@@ -672,22 +733,30 @@ def _mark_duplicates(srcs, path, near):
     for p in parts if few else ():
         for b in _read_columns(p, ['id']):
             ids.update({i: b.column(0)[i-at].as_py() for i in few if at<=i<at+len(b)}); at += len(b)
-    return out, dict(pairs=len(d['pairs']), samples=[[ids[a], ids[b], round(s, 3)] for (a,b),s in zip(d['pairs'][:2*SAMPLES].tolist(), d['alike'].tolist())])
+    return out, dict(pairs=len(d['pairs']),
+                     samples=[[ids[a], ids[b], round(s, 3)]
+                              for (a,b),s in zip(d['pairs'][:2*SAMPLES].tolist(), d['alike'].tolist())])
 
 def _assemble(out, whole, srcs, keep, seed, size):
     "Write the shards and return the manifest"
     sizes = [int(chars[~(exact|close)].sum()) for exact,close,chars in keep]
     for (name,w,ps,s),(exact,close,_),n in zip(srcs, keep, sizes):
-        s.update(kept=int((~(exact|close)).sum()), removed=dict(s['removed'], exact_duplicate=int(exact.sum()), near_duplicate=int(close.sum())))
+        s.update(kept=int((~(exact|close)).sum()),
+                 removed=dict(s['removed'], exact_duplicate=int(exact.sum()),
+                              near_duplicate=int(close.sum())))
         if not n and (w is not None or not any(sizes)):
             why = ', '.join(f'{v:,} {k}' for k,v in s['removed'].items() if v) or 'it is empty'
-            raise UserError(f'{name}: nothing is left of {s["documents"]:,} documents ({why}). Loosen rules or language, or name another source.')
+            raise UserError(f'{name}: nothing is left of {s["documents"]:,} documents ({why}). '
+                            'Loosen rules or language, or name another source.')
     part = shares(sizes, [w for _,w,_,_ in srcs])
     streams = [thinned(_kept(ps, ~(e|c), name), x, seed) for (name,_,ps,_),(e,c,_),x in zip(srcs, keep, part)]
     files = write_shards(take_turns(streams, [n*x for n,x in zip(sizes, part)]), out/f'shards-{whole}', size)
     total = sum(n*x for n,x in zip(sizes, part))
     report = [dict(s, name=name, share=n*x/total, thinned=round(x, 4)) for (name,_,_,s),n,x in zip(srcs, sizes, part)]
-    return dict(kind='corpus', hash=whole, documents=sum(f['documents'] for f in files), chars=sum(f['chars'] for f in files), files=files,
+    return dict(kind='corpus', hash=whole,
+                documents=sum(f['documents'] for f in files),
+                chars=sum(f['chars'] for f in files),
+                files=files,
                 report=dict(sources=report))
 
 def manifest(folder):
@@ -696,12 +765,15 @@ def manifest(folder):
     if not p.is_file(): return None
     try: m = json.loads(p.read_text(encoding='utf-8'))
     except ValueError: raise UserError(f'{relative(p)}: not JSON. Delete it and prepare the corpus again.') from None
-    if m.get('kind')!='corpus': raise UserError(f'{relative(p)}: the manifest of something else ({m.get("kind")}). Name another folder for the corpus.')
+    if m.get('kind')!='corpus':
+        raise UserError(f'{relative(p)}: the manifest of something else ({m.get("kind")}). '
+                        'Name another folder for the corpus.')
     return m
 
 def changed_files(folder, m):
     "Names of the shards that are missing or not what the manifest says"
-    return [f['name'] for f in m['files'] if not (p := Path(folder)/f['name']).is_file() or fingerprint(p, 64)!=f['sha256']]
+    return [f['name'] for f in m['files']
+            if not (p := Path(folder)/f['name']).is_file() or fingerprint(p, 64)!=f['sha256']]
 
 _made = re.compile(r'(shards|clean|pack|tokens)-[0-9a-f]{16}|duplicates-[0-9a-f]{16}\.npz')
 
@@ -711,12 +783,14 @@ def drop_stale(out, used):
     for f in [*out.iterdir(), *(out/'stages').iterdir()]:
         if _made.fullmatch(f.name) and f.name not in used: shutil.rmtree(f) if f.is_dir() else f.unlink()
 
-# %% ../nbs/12_corpus.ipynb #27c0873f
+# %% ../nbs/12_corpus.ipynb #d2060f3e
 def checked(folder):
     "The manifest of a corpus whose shards are all what it says"
-    if not (m := manifest(folder)): raise UserError(f'{relative(folder)}: no corpus (no manifest.json). Make it with flow2lab corpus prepare.')
+    if not (m := manifest(folder)):
+        raise UserError(f'{relative(folder)}: no corpus (no manifest.json). Make it with flow2lab corpus prepare.')
     if (bad := changed_files(folder, m)):
-        raise UserError(f'{relative(folder)}: {bad[0]} is missing or was changed after the corpus was prepared. Run flow2lab corpus prepare again; it redoes only the shards.')
+        raise UserError(f'{relative(folder)}: {bad[0]} is missing or was changed after the corpus was prepared. '
+                        'Run flow2lab corpus prepare again; it redoes only the shards.')
     return m
 
 def read_corpus(path, check=True):
@@ -732,21 +806,24 @@ def corpus_hash(path):
     p = find_data(path)
     return checked(p)['hash'] if p.is_dir() else fingerprint(p)
 
-# %% ../nbs/12_corpus.ipynb #9c1f3c5e
+# %% ../nbs/12_corpus.ipynb #33bd11db
 def corpus_stats(path):
     "Documents, characters, words, and the spread of lengths, by source"
     by = {}
     for d in read_corpus(path):
-        s = by.setdefault(d['source'], dict(documents=0, chars=0, words=0, lengths=Counter())); n = len(d['text'].split())
+        s = by.setdefault(d['source'], dict(documents=0, chars=0, words=0, lengths=Counter()))
+        n = len(d['text'].split())
         s['documents'] += 1; s['chars'] += len(d['text']); s['words'] += n; s['lengths'][min(n.bit_length(), 20)] += 1
     if not by: raise UserError(f'{path}: an empty corpus. Nothing to count.')
     for s in by.values(): s['lengths'] = {f'{2**(b-1) if b else 0}': s['lengths'][b] for b in sorted(s['lengths'])}
     total = {k: sum(s[k] for s in by.values()) for k in ('documents', 'chars', 'words')}
     lines = [f'{"source":32} {"documents":>10} {"characters":>14} {"words":>12} {"words/doc":>10}']
-    lines += [f'{n[-32:]:32} {s["documents"]:10,} {s["chars"]:14,} {s["words"]:12,} {s["words"]/s["documents"]:10.0f}' for n,s in [*by.items(), ('all', total)]]
+    lines += [f'{n[-32:]:32} {s["documents"]:10,} {s["chars"]:14,} '
+              f'{s["words"]:12,} {s["words"]/s["documents"]:10.0f}'
+              for n,s in [*by.items(), ('all', total)]]
     return Report(dict(total, sources=by), '\n'.join(lines))
 
-# %% ../nbs/12_corpus.ipynb #f33c040d
+# %% ../nbs/12_corpus.ipynb #5b729d64
 def as_transformers(t,         # A tokenizer of the package `tokenizers` that has the `SPECIAL` tokens
                     context):  # Longest sequence (tokens) of the models it is for
     "`t` as a transformers tokenizer with ChatML"
@@ -762,19 +839,23 @@ def train_tokenizer(docs,              # Iterable of documents: strings or lists
                     context:int=512):  # Longest sequence of the models it is for
     "A byte-level BPE (Sennrich et al., 2016, arXiv:1508.07909) as a transformers tokenizer with ChatML"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    if vocab < 256 + len(SPECIAL): raise UserError(f'vocab={vocab}: too small; 256 bytes and {len(SPECIAL)} special tokens need {256+len(SPECIAL)}.')
+    if vocab < 256 + len(SPECIAL):
+        raise UserError(f'vocab={vocab}: too small; 256 bytes and {len(SPECIAL)} special tokens need '
+                        f'{256+len(SPECIAL)}.')
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                               pre_tokenizers.ByteLevel(add_prefix_space=False)])
     t.decoder = decoders.ByteLevel()
     plain = (d if isinstance(d, str) else '\n'.join(f"{m['role']}\n{m['content']}" for m in d) for d in docs)
     t.train_from_iterator(plain, trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, show_progress=False,
                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return as_transformers(t, context)
 
-# %% ../nbs/12_corpus.ipynb #65254398
+# %% ../nbs/12_corpus.ipynb #d114480c
 def token_stream(docs, tok, batch=10_000):
     "All documents as one array of ids (int32), each followed by the end-of-text token"
     docs, out = iter(docs), []
     while (part := [doc_text(d) for d in itertools.islice(docs, batch)]):
-        for ids in tok(part, add_special_tokens=False).input_ids: out.append(np.array([*ids, tok.eos_token_id], np.int32))
+        for ids in tok(part, add_special_tokens=False).input_ids:
+            out.append(np.array([*ids, tok.eos_token_id], np.int32))
     return np.concatenate(out) if out else np.zeros(0, np.int32)
