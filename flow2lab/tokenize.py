@@ -10,31 +10,40 @@ __all__ = ['KINDS', 'HARD', 'MAX_WORDS', 'WINDOW', 'unigram', 'training_text', '
            'Words', 'encode_texts', 'encode_part', 'parts_of', 'fill_rows', 'cut_pieces', 'pack_corpus', 'Pieces',
            'Pack', 'load_pack']
 
-# %% ../nbs/14_tokenize.ipynb #6920c213
+# %% ../nbs/14_tokenize.ipynb #704fc870
 import bisect, io, itertools, json, os, re
 from pathlib import Path
 import numpy as np
-from .core import UserError, atomic_dir, atomic_write, base_folder, fingerprint, find_data, hash_of, relative, to_json
-from .corpus import (SPECIAL, Report, _room, as_mix, as_transformers, chunks, corpus_hash, drop_stale, in_order, manifest,
-                             read_corpus, thinned, train_tokenizer)
+from .core import (UserError, atomic_dir, atomic_write, base_folder, fingerprint, find_data, hash_of, relative,
+                           to_json)
+from .corpus import (SPECIAL, Report, _room, as_mix, as_transformers, chunks, corpus_hash, drop_stale, in_order,
+                             manifest, read_corpus, thinned, train_tokenizer)
 
-# %% ../nbs/14_tokenize.ipynb #02e33d45
+# %% ../nbs/14_tokenize.ipynb #a48c00de
 def _sentencepiece(docs, vocab):
     "The trained sentencepiece model, as bytes"
     import sentencepiece as spm
     model, lines = io.BytesIO(), (l for d in docs for l in d.split('\n') if l.strip())
     try: spm.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=vocab-len(SPECIAL), model_type='unigram', byte_fallback=True, character_coverage=.9995,
-        split_digits=True, normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
-        user_defined_symbols=['\n', '\t'], unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, max_sentence_length=16_000, input_sentence_size=2_000_000, num_threads=4, minloglevel=3)
+        sentence_iterator=lines, model_writer=model, vocab_size=vocab-len(SPECIAL), model_type='unigram',
+        byte_fallback=True, character_coverage=.9995,
+        split_digits=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
+        add_dummy_prefix=False, allow_whitespace_only_pieces=True,
+        user_defined_symbols=['\n', '\t'], unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+        max_sentence_length=16_000, input_sentence_size=2_000_000,
+        num_threads=4, minloglevel=3)
     except RuntimeError as e:
         if (m := re.search(r'value <= (\d+)', str(e))): raise _too_large(vocab, int(m[1])+len(SPECIAL)) from None
         if 'required_chars' in str(e) or 'Vocabulary size is smaller' in str(e): raise _too_small(vocab) from None
         raise
     return model.getvalue()
 
-def _too_large(vocab, most): return UserError(f'vocab={vocab}: the text allows only {most} pieces. Set --vocab {most} or less, or train on more text.')
-def _too_small(vocab): return UserError(f'vocab={vocab}: too small for the characters of this text and 256 bytes. Set a larger --vocab, e.g. {max(1024, 2*vocab)}.')
+def _too_large(vocab, most):
+    return UserError(f'vocab={vocab}: the text allows only {most} pieces. '
+                     f'Set --vocab {most} or less, or train on more text.')
+def _too_small(vocab):
+    return UserError(f'vocab={vocab}: too small for the characters of this text and 256 bytes. '
+                     f'Set a larger --vocab, e.g. {max(1024, 2*vocab)}.')
 
 _CUT = r'▁*(?:[^▁<]+|<(?!\|))+|▁*<|▁+'
 
@@ -50,7 +59,7 @@ def unigram(model):
     t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
     return t
 
-# %% ../nbs/14_tokenize.ipynb #9d166664
+# %% ../nbs/14_tokenize.ipynb #ca46187c
 KINDS = ('bytes', 'sentencepiece')
 
 def _size(name):
@@ -83,10 +92,14 @@ def make_tokenizer(corpus,            # Corpus folder or file, a list of them, {
     from transformers import AutoTokenizer
     out = Path(out)
     if kind not in KINDS: raise UserError(f'kind={kind}: unknown. Known: {", ".join(KINDS)}.')
-    if vocab<512: raise UserError(f'vocab={vocab}: too small; 256 bytes and {len(SPECIAL)} special tokens leave nothing to learn. Set 512 or more.')
+    if vocab<512:
+        raise UserError(f'vocab={vocab}: too small; 256 bytes and {len(SPECIAL)} special tokens leave nothing to '
+                        'learn. Set 512 or more.')
     if sample_mb<=0: raise UserError(f'sample_mb={sample_mb}: give an amount of text above 0.')
     mix = as_mix(weights or corpus)
-    about = dict(kind='tokenizer', how=kind, vocab=vocab, context=context, sample_mb=sample_mb, seed=seed, mix=[[corpus_hash(n), w] for n,w in mix.items()])
+    about = dict(kind='tokenizer', how=kind, vocab=vocab, context=context,
+                 sample_mb=sample_mb, seed=seed,
+                 mix=[[corpus_hash(n), w] for n,w in mix.items()])
     if (m := _tok_manifest(out)) and m['hash']==hash_of(about):
         tok = AutoTokenizer.from_pretrained(out)
         if tokenizer_hash(tok)==m['tokenizer']: return tok
@@ -94,13 +107,18 @@ def make_tokenizer(corpus,            # Corpus folder or file, a list of them, {
     first = next(texts, None)
     if first is None: raise UserError(f'{", ".join(mix)}: no text to learn from. Name a corpus that is not empty.')
     texts = itertools.chain([first], texts)
-    tok = train_tokenizer(texts, vocab, context) if kind=='bytes' else as_transformers(unigram(_sentencepiece(texts, vocab)), context)
+    tok = (train_tokenizer(texts, vocab, context) if kind=='bytes' else
+           as_transformers(unigram(_sentencepiece(texts, vocab)), context))
     if len(tok)<vocab: raise _too_large(vocab, len(tok))
     r = check_tokenizer(tok)
-    if not r['ok']: raise UserError(f'{relative(out)}: the trained tokenizer fails its checks ({r["failed"][0]}). Nothing was written. Train on more text.')
+    if not r['ok']:
+        raise UserError(f'{relative(out)}: the trained tokenizer fails its checks ({r["failed"][0]}). '
+                        'Nothing was written. Train on more text.')
     with _room(out), atomic_dir(out) as tmp:
         tok.save_pretrained(tmp)
-        (tmp/'flow2lab.json').write_text(to_json(dict(about, hash=hash_of(about), tokenizer=tokenizer_hash(tok)), indent=1), encoding='utf-8')
+        (tmp/'flow2lab.json').write_text(to_json(dict(about, hash=hash_of(about),
+                                                      tokenizer=tokenizer_hash(tok)), indent=1),
+                                         encoding='utf-8')
     return AutoTokenizer.from_pretrained(out)
 
 def _tok_manifest(out):
@@ -108,14 +126,21 @@ def _tok_manifest(out):
     if not out.exists(): return None
     if out.is_dir() and not any(out.iterdir()): return None
     p = out/'flow2lab.json'
-    if not p.is_file(): raise UserError(f'{relative(out)}: something else is there already. Name a new folder for the tokenizer.')
+    if not p.is_file():
+        raise UserError(f'{relative(out)}: something else is there already. Name a new folder for the tokenizer.')
     return json.loads(p.read_text(encoding='utf-8'))
 
-# %% ../nbs/14_tokenize.ipynb #74905dc1
+# %% ../nbs/14_tokenize.ipynb #dd9015a7
 HARD = dict(
-    spaces='  two  and   three \t tab\n\n\nlines \n end ', line_ends='a\r\nb\rc\n', code='def f(x):\n\tif x != 0:\n        return {"a": [x**2, -1e-3]}  # ünï\n',
-    emoji='👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 😀', accents='é e\u0301 Å A\u030a ﬁ ½', scripts='Ελληνικά русский العربية עברית हिन्दी ไทย 日本語 한국어 ᏣᎳᎩ 𐍈𐌰 ꦧꦱꦗꦮ',
-    signs='∀x∈ℝ: ⌈x⌉ ≥ x ⟹ ∫₀^∞ e^{-x²}dx', numbers='1234567890 3.14159 1,000,000', odd='\x00\x07 \ufffd \u200b\u00a0|\u2028', long='a'*2000)
+    spaces='  two  and   three \t tab\n\n\nlines \n end ',
+    line_ends='a\r\nb\rc\n',
+    code='def f(x):\n\tif x != 0:\n        return {"a": [x**2, -1e-3]}  # ünï\n',
+    emoji='👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 😀',
+    accents='é e\u0301 Å A\u030a ﬁ ½',
+    scripts='Ελληνικά русский العربية עברית हिन्दी ไทย 日本語 한국어 ᏣᎳᎩ 𐍈𐌰 ꦧꦱꦗꦮ',
+    signs='∀x∈ℝ: ⌈x⌉ ≥ x ⟹ ∫₀^∞ e^{-x²}dx',
+    numbers='1234567890 3.14159 1,000,000',
+    odd='\x00\x07 \ufffd \u200b\u00a0|\u2028', long='a'*2000)
 
 def _is_byte(piece, text):
     "True if `piece`, which reads `text`, is part of a character that is spread over several"
@@ -127,22 +152,27 @@ def fertility(tok, texts):
     one = {i: tok.decode([i]) for i in set(ids)}
     pieces = tok.convert_ids_to_tokens(list(one)); split = {i for i,p in zip(one, pieces) if _is_byte(p, one[i])}
     return dict(tokens=len(ids), tokens_per_word=len(ids)/max(1, sum(len(t.split()) for t in texts)),
-                bytes_per_token=sum(len(t.encode()) for t in texts)/max(1, len(ids)), split=sum(i in split for i in ids)/max(1, len(ids)))
+                bytes_per_token=sum(len(t.encode()) for t in texts)/max(1, len(ids)),
+                split=sum(i in split for i in ids)/max(1, len(ids)))
 
 def check_tokenizer(tok,           # A fast tokenizer
                     texts=None,    # {source: texts}, or files and corpora, whose fertility to show
                     beside=None,   # {name: another tokenizer} to compare with
                     mb=2):         # Million characters of each source to look at
     "Round trips on hard text, special tokens, fertility by source; `ok`, and in `failed` what is wrong"
-    failed = [f'{k} does not come back: {back[:60]!r}' for k,t in HARD.items() if (back := tok.decode(_plain_ids(tok, t)))!=t]
+    failed = [f'{k} does not come back: {back[:60]!r}' for k,t in HARD.items()
+              if (back := tok.decode(_plain_ids(tok, t)))!=t]
     for s in tok.all_special_tokens:
         n = _plain_ids(tok, f'a{s}b').count(tok.convert_tokens_to_ids(s))
         if n!=1: failed.append(f'the special token {s} is split')
     hidden = _ids_of(tok, tok.all_special_tokens)
-    if any(i in tok.all_special_ids for ids in hidden for i in ids): failed.append('a special token cannot be written as text')
+    if any(i in tok.all_special_ids for ids in hidden for i in ids):
+        failed.append('a special token cannot be written as text')
     if tok.eos_token_id is None: failed.append('no end-of-text token')
     d = dict(ok=not failed, failed=failed, vocab=len(tok), hash=tokenizer_hash(tok), sources={}, beside={})
-    for n,ts in _named_texts(texts, mb): d['sources'][n] = fertility(tok, ts); d['beside'].update({f'{n} / {k}': fertility(o, ts) for k,o in (beside or {}).items()})
+    for n,ts in _named_texts(texts, mb):
+        d['sources'][n] = fertility(tok, ts)
+        d['beside'].update({f'{n} / {k}': fertility(o, ts) for k,o in (beside or {}).items()})
     d['sources']['hard texts'] = fertility(tok, [*HARD.values()])
     return Report(d, _checked_text(d))
 
@@ -166,14 +196,16 @@ def _ids_of(tok, texts):
 def _checked_text(d):
     lines = [f'{d["vocab"]:,} pieces, {"all checks passed" if d["ok"] else "FAILED: "+"; ".join(d["failed"])}',
              f'{"text":32} {"tokens/word":>12} {"bytes/token":>12} {"split characters":>17}']
-    return '\n'.join(lines + [f'{n[-32:]:32} {r["tokens_per_word"]:12.2f} {r["bytes_per_token"]:12.2f} {r["split"]:17.1%}' for n,r in [*d['sources'].items(), *d['beside'].items()]])
+    return '\n'.join(lines + [f'{n[-32:]:32} {r["tokens_per_word"]:12.2f} {r["bytes_per_token"]:12.2f} '
+                              f'{r["split"]:17.1%}'
+                              for n,r in [*d['sources'].items(), *d['beside'].items()]])
 
 def tokenizer_report(tok, out):
     "What `flow2lab tokenizer train` answers"
     r = check_tokenizer(tok)
     return Report(dict(r, out=str(out)), f'{out}: {r}')
 
-# %% ../nbs/14_tokenize.ipynb #cb4fba26
+# %% ../nbs/14_tokenize.ipynb #8518381c
 _loaded = {}
 def _encoder(spec):
     "The `tokenizers` tokenizer of JSON `spec`, remembered; special tokens are plain text to it"
@@ -188,22 +220,28 @@ def dtype_for(vocab): return np.uint16 if vocab<=1<<16 else np.uint32
 def encode_plainly(texts, spec):
     "Ids of each text"
     t = _encoder(spec)
-    return [e.ids for a in range(0, len(texts), 100) for e in t.encode_batch_fast(texts[a:a+100], add_special_tokens=False)]
+    return [e.ids for a in range(0, len(texts), 100)
+            for e in t.encode_batch_fast(texts[a:a+100], add_special_tokens=False)]
 
-# %% ../nbs/14_tokenize.ipynb #13b90f47
+# %% ../nbs/14_tokenize.ipynb #1b2caf70
 _odd, _single, MAX_WORDS = re.compile(r'\s '), re.compile(r'(?<=\S) (?=\S)'), 300_000
 
 def splits_at_spaces(spec):
     "True if the tokenizer of JSON `spec` never joins a space to a character before it that is not one"
     t = json.loads(spec); pre, kind = t['pre_tokenizer'] or {}, t['model']['type']
-    if any(' ' in a['content'] or a['lstrip'] or a['rstrip'] or a['single_word'] for a in t['added_tokens']): return False
-    if kind=='Unigram': return pre.get('type')=='Split' and pre['pattern'].get('Regex')==_CUT and (t['normalizer'] or {}).get('type')=='Replace'
+    if any(' ' in a['content'] or a['lstrip'] or a['rstrip'] or a['single_word'] for a in t['added_tokens']):
+        return False
+    if kind=='Unigram':
+        return (pre.get('type')=='Split' and pre['pattern'].get('Regex')==_CUT
+                and (t['normalizer'] or {}).get('type')=='Replace')
     steps = pre['pretokenizers'] if pre.get('type')=='Sequence' else [pre]; *first, last = steps
-    return (kind=='BPE' and not t['normalizer'] and not t['model'].get('dropout') and all(s['type']=='Digits' for s in first)
+    return (kind=='BPE' and not t['normalizer'] and not t['model'].get('dropout')
+            and all(s['type']=='Digits' for s in first)
             and last.get('type')=='ByteLevel' and last['use_regex'] and not last['add_prefix_space'])
 
 def cut_text(t):
-    "Parts of `t` that are tokenized alone, all but the first of them without the space before it; None if there are few"
+    "Parts of `t` that are tokenized alone, all but the first of them without the space before it; " \
+    "None if there are few"
     if len(t)>=12*t.count(' '): return None
     return _single.split(t) if _odd.search(t) else t.split(' ')
 
@@ -219,22 +257,26 @@ class Words(dict):
 _words = {}
 def encode_texts(texts, spec, eos, dtype):
     "(tokens of all texts, an `eos` after each; tokens of each)"
-    if (k := (hash(spec), dtype)) not in _words: _words.clear(); _words[k] = Words(spec, dtype) if splits_at_spaces(spec) else None
+    if (k := (hash(spec), dtype)) not in _words:
+        _words.clear(); _words[k] = Words(spec, dtype) if splits_at_spaces(spec) else None
     known, end, out = _words[k], dtype(eos).tobytes(), []
     for a in range(0, len(texts), 100):
         part = texts[a:a+100]; cut = [None if known is None else cut_text(t) for t in part]
         if known is not None: known.learn(w[1:] for w in cut if w)
-        whole = Words(spec, dtype).encode([w[0] if w else t for w,t in zip(cut, part)])          # first words, and texts that are not cut
+        # first words, and texts that are not cut
+        whole = Words(spec, dtype).encode([w[0] if w else t for w,t in zip(cut, part)])
         out += [b''.join((h, *map(known.__getitem__, w[1:]), end)) if w else h+end for h,w in zip(whole, cut)]
     return np.frombuffer(b''.join(out), dtype), np.array([len(b)//np.dtype(dtype).itemsize for b in out], np.int64)
 
-# %% ../nbs/14_tokenize.ipynb #a8339471
+# %% ../nbs/14_tokenize.ipynb #5bf46d82
 def _row_group(path, group):
     import pyarrow.parquet as pq
-    with pq.ParquetFile(path, pre_buffer=False) as f: return f.read_row_group(group, columns=['text']).column(0).to_pylist()
+    with pq.ParquetFile(path, pre_buffer=False) as f:
+        return f.read_row_group(group, columns=['text']).column(0).to_pylist()
 
 def encode_part(part, path, spec, eos, dtype):
-    "Tokens of one part (texts, or (shard, row group)) into the file `path`, unless they are there; returns (documents, tokens)"
+    "Tokens of one part (texts, or (shard, row group)) into the file `path`, unless they are there; " \
+    "returns (documents, tokens)"
     if path.exists():
         with np.load(path) as z: return len(z['lengths']), len(z['tokens'])
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
@@ -256,9 +298,10 @@ def parts_of(corpus):
             for g in range(pq.read_metadata(p/f['name']).num_row_groups): yield p/f['name'], g
     else: yield from ([d['text'] for d in c] for c in chunks(read_corpus(p)))
 
-# %% ../nbs/14_tokenize.ipynb #f2a62a25
+# %% ../nbs/14_tokenize.ipynb #38161b99
 def fill_rows(lengths, size):
-    "Row of each piece: longest first, into the row with the least room that suffices. Returns (row of each, number of rows)"
+    "Row of each piece: longest first, into the row with the least room that suffices. " \
+    "Returns (row of each, number of rows)"
     order = np.argsort(-lengths, kind='stable').tolist(); row, n = np.zeros(len(lengths), np.int64), 0
     room, by = [], {}                      # sorted amounts of room, rows by their room
     for i,l in zip(order, lengths[order].tolist()):
@@ -273,12 +316,15 @@ def fill_rows(lengths, size):
     return row, n
 
 def cut_pieces(lengths, size):
-    "(start, length) of the pieces of at most `size` tokens of documents that lie end to end; a last piece of one token joins nothing and goes"
-    n = -(-lengths//size); at = np.repeat(np.cumsum(lengths)-lengths, n); k = np.arange(n.sum())-np.repeat(np.cumsum(n)-n, n)
+    "(start, length) of the pieces of at most `size` tokens of documents that lie end to end; " \
+    "a last piece of one token joins nothing and goes"
+    n = -(-lengths//size)
+    at = np.repeat(np.cumsum(lengths)-lengths, n)
+    k = np.arange(n.sum())-np.repeat(np.cumsum(n)-n, n)
     start = at+k*size; length = np.minimum(size, np.repeat(lengths, n)-k*size)
     return start[length>1], length[length>1]
 
-# %% ../nbs/14_tokenize.ipynb #96c8c312
+# %% ../nbs/14_tokenize.ipynb #be554e40
 WINDOW = 8_000_000     # Tokens packed at once
 
 def _write_contiguous(parts, f, dtype, seq_len, pad):
@@ -301,7 +347,8 @@ def _windows(parts, size):
 
 def _joined(held):
     at = np.cumsum([0]+[len(h[0]) for h in held])
-    return np.concatenate([h[0] for h in held]), np.concatenate([h[1]+a for h,a in zip(held, at)]), np.concatenate([h[2] for h in held])
+    return (np.concatenate([h[0] for h in held]), np.concatenate([h[1]+a for h,a in zip(held, at)]),
+            np.concatenate([h[2] for h in held]))
 
 def _write_rows(parts, f, dtype, seq_len, pad):
     "Write rows of `seq_len` to file `f`; returns (index of pieces (n, 2), rows, useful tokens)"
@@ -309,7 +356,8 @@ def _write_rows(parts, f, dtype, seq_len, pad):
     for ids,start,length in _windows(parts, seq_len):
         row, n = fill_rows(length, seq_len); order = np.lexsort((-length, row))
         start, length, row = start[order], length[order], row[order]
-        ends = np.cumsum(length); begun = np.searchsorted(row, row)                       # first piece of each piece's row
+        # first piece of each piece's row
+        ends = np.cumsum(length); begun = np.searchsorted(row, row)
         to = row*seq_len + (ends-length) - (ends-length)[begun]
         out = np.full(n*seq_len, pad, dtype)
         for t,s,l in zip(to.tolist(), start.tolist(), length.tolist()): out[t:t+l] = ids[s:s+l]
@@ -329,16 +377,21 @@ def pack_corpus(corpus,               # Prepared corpus, or a file of documents
     out, tok = Path(out), _tokenizer(tok)
     if how not in _how: raise UserError(f'how={how}: unknown. Known: {", ".join(_how)}.')
     if seq_len<2: raise UserError(f'seq_len={seq_len}: a sequence has at least 2 tokens.')
-    if tok.eos_token_id is None: raise UserError('the tokenizer has no end-of-text token, which must stand between documents. Set eos_token.')
+    if tok.eos_token_id is None:
+        raise UserError('the tokenizer has no end-of-text token, which must stand between documents. Set eos_token.')
     if out.exists() and not out.is_dir(): raise UserError(f'{relative(out)}: a file. Name a folder for the pack.')
     source, mine = corpus_hash(corpus), tokenizer_hash(tok)
-    about = dict(kind='pack', corpus=source, tokenizer=mine, eos=tok.eos_token_id, vocab=len(tok), how=how, seq_len=seq_len, version=1)
+    about = dict(kind='pack', corpus=source, tokenizer=mine, eos=tok.eos_token_id, vocab=len(tok),
+                 how=how, seq_len=seq_len, version=1)
     m = _pack_manifest(out, missing=True)
     if m and m['hash']==hash_of(about) and not _damaged(out, m): return Pack(out, m, False)
     stages, dtype = out/'stages', dtype_for(len(tok))
-    parts, totals = _encode_all(corpus, tok, stages/f'tokens-{hash_of([source, mine, tok.eos_token_id])}', dtype, workers)
+    parts, totals = _encode_all(corpus, tok, stages/f'tokens-{hash_of([source, mine, tok.eos_token_id])}',
+                                dtype, workers)
     if not totals[1]: raise UserError(f'{relative(find_data(corpus))}: no text to pack.')
-    with _room(out): folder, facts = _write_pack(out, parts, hash_of(about), dtype, seq_len, how, tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id)
+    with _room(out):
+        folder, facts = _write_pack(out, parts, hash_of(about), dtype, seq_len, how,
+                                    tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id)
     m = dict(about, **facts, hash=hash_of(about), documents=totals[0], tokens=totals[1], dtype=np.dtype(dtype).name)
     with _room(out): atomic_write(out/'manifest.json', to_json(m, indent=1))
     drop_stale(out, {folder.name, parts[0].parent.name})
@@ -347,7 +400,9 @@ def pack_corpus(corpus,               # Prepared corpus, or a file of documents
 def _tokenizer(tok):
     if not isinstance(tok, (str, Path)): return tok
     from transformers import AutoTokenizer
-    if (p := base_folder(tok)) is None: raise UserError(f'{tok}: no tokenizer there. Name a folder with tokenizer.json, or make one with flow2lab tokenizer train.')
+    if (p := base_folder(tok)) is None:
+        raise UserError(f'{tok}: no tokenizer there. Name a folder with tokenizer.json, '
+                        'or make one with flow2lab tokenizer train.')
     return AutoTokenizer.from_pretrained(p, trust_remote_code=False)
 
 def _encode_all(corpus, tok, folder, dtype, workers):
@@ -362,9 +417,13 @@ def _write_pack(out, parts, name, dtype, seq_len, how, pad):
     folder = out/f'pack-{name}'
     with atomic_dir(folder) as tmp:
         with open(tmp/'tokens.bin', 'wb') as f: index, rows, useful = _how[how](parts, f, dtype, seq_len, pad)
-        if not rows: raise UserError(f'{int(index[:,1].sum())} tokens do not fill one sequence of seq_len {seq_len}. Set a shorter --seq-len.')
+        if not rows:
+            raise UserError(f'{int(index[:,1].sum())} tokens do not fill one sequence of seq_len {seq_len}. '
+                            'Set a shorter --seq-len.')
         np.save(tmp/'index.npy', index)
-        files = [dict(name=f'{folder.name}/{f}', bytes=(tmp/f).stat().st_size, sha256=fingerprint(tmp/f, 64)) for f in ('tokens.bin', 'index.npy')]
+        files = [dict(name=f'{folder.name}/{f}', bytes=(tmp/f).stat().st_size,
+                      sha256=fingerprint(tmp/f, 64))
+                 for f in ('tokens.bin', 'index.npy')]
     return folder, dict(rows=rows, useful=useful, efficiency=useful/(rows*seq_len), pieces=len(index), files=files)
 
 def _pack_manifest(folder, missing=False):
@@ -373,16 +432,19 @@ def _pack_manifest(folder, missing=False):
         if missing: return None
         raise UserError(f'{relative(folder)}: no pack (no manifest.json). Make it with flow2lab pack.')
     m = json.loads(p.read_text(encoding='utf-8'))
-    if m.get('kind')!='pack': raise UserError(f'{relative(p)}: the manifest of something else ({m.get("kind")}). Name another folder for the pack.')
+    if m.get('kind')!='pack':
+        raise UserError(f'{relative(p)}: the manifest of something else ({m.get("kind")}). '
+                        'Name another folder for the pack.')
     return m
 
 def _damaged(folder, m, deep=False):
     "The first file that is missing or not what the manifest says, by size, and by hash if `deep`"
     for f in m['files']:
         p = Path(folder)/f['name']
-        if not p.is_file() or p.stat().st_size!=f['bytes'] or deep and fingerprint(p, 64)!=f['sha256']: return f['name']
+        if not p.is_file() or p.stat().st_size!=f['bytes'] or deep and fingerprint(p, 64)!=f['sha256']:
+            return f['name']
 
-# %% ../nbs/14_tokenize.ipynb #62cd9f1e
+# %% ../nbs/14_tokenize.ipynb #bcc058d3
 class Pieces:
     "Documents of a pack, kept apart: `rows[i]` is an array of tokens, `sizes` how many each predicts"
     def __init__(self, ids, index): self.ids, self.index, self.sizes = ids, index, index[:,1]-1
@@ -392,7 +454,8 @@ class Pieces:
         s, n = self.index[i]; return np.asarray(self.ids[s:s+n])
 
 class Pack:
-    "Packed tokens on disk: `ids` (mapped), `index` of documents or pieces (start, length), and the facts of the manifest"
+    "Packed tokens on disk: `ids` (mapped), `index` of documents or pieces (start, length), " \
+    "and the facts of the manifest"
     def __init__(self, folder, m, fresh=False):
         self.folder, self.manifest, self.fresh = Path(folder), m, fresh
         for k in ('documents', 'tokens', 'efficiency', 'seq_len', 'how'): setattr(self, k, m[k])
@@ -402,20 +465,29 @@ class Pack:
         "What `train.fit` takes as its rows"
         n = seq_len or self.seq_len
         if self.how=='contiguous':
-            if len(self.ids)<=n: raise UserError(f'{len(self.ids)} tokens do not fill one block of seq_len {n}. Set a shorter seq_len.')
+            if len(self.ids)<=n:
+                raise UserError(f'{len(self.ids)} tokens do not fill one block of seq_len {n}. Set a shorter seq_len.')
             return np.lib.stride_tricks.sliding_window_view(self.ids, n+1)[::n]
-        if n!=self.seq_len: raise UserError(f'seq_len={n}: these documents were packed to {self.seq_len}. Pack again with --seq-len {n}.')
+        if n!=self.seq_len:
+            raise UserError(f'seq_len={n}: these documents were packed to {self.seq_len}. '
+                            f'Pack again with --seq-len {n}.')
         return Pieces(self.ids, self.index)
     def split(self, valid=.01):
-        "(training rows, validation rows), at least one: the last of a stream, every n-th piece of documents kept apart (which lie by length)"
+        "(training rows, validation rows), at least one: the last of a stream, " \
+        "every n-th piece of documents kept apart (which lie by length)"
         r = self.rows(); k = max(1, round(len(r)*valid))
-        if len(r)<2: raise UserError(f'{relative(self.folder)}: one sequence cannot be split. Pack more text, or to a shorter seq_len.')
+        if len(r)<2:
+            raise UserError(f'{relative(self.folder)}: one sequence cannot be split. '
+                            'Pack more text, or to a shorter seq_len.')
         if self.how=='contiguous': return r[:-k], r[-k:]
         at = np.linspace(0, len(r)-1, k).astype(int)
         return Pieces(self.ids, np.delete(self.index, at, 0)), Pieces(self.ids, self.index[at])
     def row(self, i):
-        "Row `i` for any trainer: input_ids, labels (-100 where nothing is to be predicted), position_ids, each (seq_len)"
-        n = self.seq_len; ids = np.asarray(self.ids[i*n:(i+1)*n], np.int64); labels, pos = np.full(n, -100), np.zeros(n, np.int64)
+        "Row `i` for any trainer: input_ids, labels (-100 where nothing is to be predicted), position_ids, " \
+        "each (seq_len)"
+        n = self.seq_len
+        ids = np.asarray(self.ids[i*n:(i+1)*n], np.int64)
+        labels, pos = np.full(n, -100), np.zeros(n, np.int64)
         a, b = np.searchsorted(self.index[:,0], [i*n, (i+1)*n]) if self.how=='first_fit' else (0, 0)
         for s,l in self.index[a:b] if self.how=='first_fit' else [(i*n, len(ids))]:
             s -= i*n; labels[s+1:s+l] = ids[s+1:s+l]; pos[s:s+l] = np.arange(l)
@@ -423,13 +495,16 @@ class Pack:
     def to_dict(self): return dict(self.manifest, folder=str(self.folder), fresh=self.fresh)
     def __repr__(self):
         m = self.manifest
-        return (f'{relative(self.folder)}: {m["documents"]:,} documents, {m["tokens"]:,} tokens in {m["rows"]:,} sequences of {m["seq_len"]:,} ({m["how"]}), '
+        return (f'{relative(self.folder)}: {m["documents"]:,} documents, {m["tokens"]:,} tokens '
+                f'in {m["rows"]:,} sequences of {m["seq_len"]:,} ({m["how"]}), '
                 f'{m["efficiency"]:.2%} of the places used' + ('' if self.fresh else ' (already there)'))
 
 def load_pack(folder, tok=None):
     "The `Pack` in `folder`; refused if it is damaged, or was made by another tokenizer than `tok`"
     folder = find_data(folder); m = _pack_manifest(folder)
-    if (bad := _damaged(folder, m)): raise UserError(f'{relative(folder)}: {bad} is missing or not whole. Run flow2lab pack again.')
+    if (bad := _damaged(folder, m)):
+        raise UserError(f'{relative(folder)}: {bad} is missing or not whole. Run flow2lab pack again.')
     if tok is not None and (mine := tokenizer_hash(_tokenizer(tok)))!=m['tokenizer']:
-        raise UserError(f'{relative(folder)}: packed with another tokenizer (its hash is {m["tokenizer"]}, this one\'s {mine}). Pack again with this one.')
+        raise UserError(f'{relative(folder)}: packed with another tokenizer '
+                        f'(its hash is {m["tokenizer"]}, this one\'s {mine}). Pack again with this one.')
     return Pack(folder, m)
