@@ -10,15 +10,17 @@ __all__ = ['task', 'arch', 'method', 'quantizer', 'backend', 'TRAIN', 'BENCH', '
            'fsync_dir', 'atomic_write', 'atomic_dir', 'to_json', 'hash_of', 'fingerprint', 'Axis', 'Spec', 'bound_args',
            'base_folder', 'weights_file', 'output_path', 'versions', 'git_commit', 'cpu_name', 'hardware', 'provenance']
 
-# %% ../nbs/00_core.ipynb #4d2c74b4
-import configparser, contextlib, difflib, hashlib, importlib.util, inspect, io, json, logging, os, platform, shutil, subprocess, sys, tempfile, time
+# %% ../nbs/00_core.ipynb #c4bfce36
+import configparser, contextlib, difflib, hashlib, importlib.util, inspect, io, json, logging, os, platform, shutil, \
+       subprocess, sys, tempfile, time
 from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from fastcore.basics import AttrDict, patch, store_attr
 
-# %% ../nbs/00_core.ipynb #a43b2a00
-for _n in ('torchao', 'torch.utils._pytree', 'bitsandbytes.backends.cpu.ops'): logging.getLogger(_n).setLevel(logging.ERROR)
+# %% ../nbs/00_core.ipynb #9c13bb1b
+for _n in ('torchao', 'torch.utils._pytree', 'bitsandbytes.backends.cpu.ops'):
+    logging.getLogger(_n).setLevel(logging.ERROR)
 
 # %% ../nbs/00_core.ipynb #aa3f2cd4
 class UserError(Exception):
@@ -35,11 +37,12 @@ def check_names(kind, given, known):
     for n in given:
         if n not in known: raise UserError(f'unknown {kind} "{n}". {nearest(n, known)}')
 
-# %% ../nbs/00_core.ipynb #eb0aa8a4
+# %% ../nbs/00_core.ipynb #4a919baa
 def _is_root(p): return (p/'settings.ini').is_file() and '[flow2lab]' in (p/'settings.ini').read_text(encoding='utf-8')
 
 def project_root():
-    "The nearest folder at or above the current one with flow2lab's settings.ini, else the checkout this package lies in, else here"
+    "The nearest folder at or above the current one with flow2lab's settings.ini, " \
+    "else the checkout this package lies in, else here"
     if (r := os.environ.get('FLOW2LAB_ROOT')): return Path(r).resolve()
     here, pkg = Path.cwd().resolve(), Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
     return next((p for p in [here, *here.parents, *pkg.parents] if _is_root(p)), here)
@@ -51,7 +54,8 @@ def setting(name):
     cp.read_dict({'flow2lab': dict(results='data/results', reference='data/reference', outputs='data/outputs',
                                    data='data/datasets', models='data/models/nano', scale='nano', hub_timeout='5')})
     if f.is_file(): cp.read(f, encoding='utf-8')
-    if name not in cp['flow2lab']: raise UserError(f'settings.ini: unknown setting "{name}". {nearest(name, cp["flow2lab"])}')
+    if name not in cp['flow2lab']:
+        raise UserError(f'settings.ini: unknown setting "{name}". {nearest(name, cp["flow2lab"])}')
     return cp['flow2lab'][name]
 
 def project_path(*parts):
@@ -65,9 +69,10 @@ def relative(p):
     p = Path(p).resolve()
     return os.path.relpath(p, project_root()) if p.is_relative_to(project_root()) else p.name
 
-# %% ../nbs/00_core.ipynb #ba97a712
+# %% ../nbs/00_core.ipynb #874c88a9
 def find_data(path):
-    "The file or folder `path` (absolute, from here, from the root, or in a folder of the setting `data`); `UserError` if there is none"
+    "The file or folder `path` (absolute, from here, from the root, or in a folder of the setting `data`); " \
+    "`UserError` if there is none"
     path = Path(path).expanduser()
     tried = [path, project_path(path)] + [project_path(d, path) for d in setting('data').split(os.pathsep) if d]
     for p in tried:
@@ -75,7 +80,7 @@ def find_data(path):
     raise UserError(f'{path}: no such file. Looked from here, from the project root and in {setting("data")}. '
                     f'Correct the path, or name its folder in FLOW2LAB_DATA.')
 
-# %% ../nbs/00_core.ipynb #f8aaec17
+# %% ../nbs/00_core.ipynb #53b0d895
 def fsync_dir(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -89,7 +94,9 @@ def atomic_write(path, data):
         with os.fdopen(fd, 'wb') as f:
             f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
         os.chmod(tmp, 0o644); os.replace(tmp, path)
-    except OSError as e: raise UserError(f'{path}: cannot write ({e.strerror}). Nothing was changed; free some space or choose another place.') from e
+    except OSError as e:
+        raise UserError(f'{path}: cannot write ({e.strerror}). Nothing was changed; '
+                        'free some space or choose another place.') from e
     finally:
         with contextlib.suppress(FileNotFoundError): os.unlink(tmp)
     fsync_dir(path.parent)
@@ -97,7 +104,8 @@ def atomic_write(path, data):
 
 @contextlib.contextmanager
 def atomic_dir(path):
-    "A temporary folder that becomes `path` when the block ends well, and vanishes when it does not. An existing `path` is replaced"
+    "A temporary folder that becomes `path` when the block ends well, and vanishes when it does not. " \
+    "An existing `path` is replaced"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')); os.chmod(tmp, 0o755)
     try:
@@ -112,7 +120,7 @@ def atomic_dir(path):
         fsync_dir(path.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #1378524d
+# %% ../nbs/00_core.ipynb #4e77c47e
 def to_json(o, indent=None):
     "Canonical JSON: sorted keys, no NaN, the same bytes for the same value"
     return json.dumps(o, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent,
@@ -132,10 +140,12 @@ _seen_files = {}
 def fingerprint(path, n=16):
     "SHA-256 of a file, or of the names and contents of a folder's files; remembered while size and time stand"
     p = Path(path)
-    if p.is_dir(): return hash_of([(str(f.relative_to(p)), fingerprint(f)) for f in sorted(p.rglob('*')) if f.is_file()], n)
+    if p.is_dir():
+        return hash_of([(str(f.relative_to(p)), fingerprint(f)) for f in sorted(p.rglob('*')) if f.is_file()], n)
     st = p.stat(); key = (str(p.resolve()), st.st_size, st.st_mtime_ns)
     if key not in _seen_files:
-        with open(p, 'rb') as f: _seen_files[key] = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') \
+        with open(p, 'rb') as f:
+            _seen_files[key] = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') \
             else hashlib.sha256(f.read()).hexdigest()
     return _seen_files[key][:n]
 
@@ -169,7 +179,7 @@ method    = Axis('method', 'flow2lab.methods')
 quantizer = Axis('quantizer', 'flow2lab.quantize')
 backend   = Axis('backend', 'flow2lab.evaluate', 'flow2lab.backends')
 
-# %% ../nbs/00_core.ipynb #6183c304
+# %% ../nbs/00_core.ipynb #83ee91b2
 TRAIN = dict(
     epochs=1.0,            # Passes over the training rows; ignored when `tokens` is given
     tokens=0,              # Budget in tokens, 0 to count epochs
@@ -196,7 +206,8 @@ def _merged(what, given, defaults):
 @dataclass(frozen=True)
 class Spec:
     "Everything that defines one experiment, as plain JSON values. Equal `id`, equal result."
-    base:object='nano'                                  # Shipped model, hub id, path, `arch-size` preset, or a Spec to start from
+    # Shipped model, hub id, path, `arch-size` preset, or a Spec to start from
+    base:object='nano'
     task:str=''                                         # What it trains on; empty to leave the base untouched
     task_args:dict=field(default_factory=dict)          # n (rows), seed, path, and what the task itself takes
     method:str='full'                                   # How it trains
@@ -208,7 +219,8 @@ class Spec:
     train:dict=field(default_factory=dict)              # Differences from TRAIN
     eval:dict=field(default_factory=dict)               # {task: items} or {task: {n, path, ...}}
     bench:dict=field(default_factory=dict)              # Differences from BENCH; empty for no benchmark
-    dtype:str='auto'                                    # Of the weights as loaded and evaluated: fp32 on CPU, bf16 on GPU
+    # Of the weights as loaded and evaluated: fp32 on CPU, bf16 on GPU
+    dtype:str='auto'
     backend:str='hf'
     seed:int=0
 
@@ -231,14 +243,16 @@ class Spec:
     def but(self, **kw):
         "This Spec with some fields changed; dicts are merged, so that `but(train={'lr':1e-3})` keeps the rest"
         check_names('Spec field', kw, [f.name for f in fields(self)])
-        merge = lambda k,v: {**getattr(self, k), **v} if isinstance(v, dict) and isinstance(getattr(self, k), dict) and k!='eval' else v
+        merge = lambda k,v: ({**getattr(self, k), **v}
+                             if isinstance(v, dict) and isinstance(getattr(self, k), dict) and k!='eval' else v)
         return replace(self, **{k: merge(k, v) for k,v in kw.items()})
     def __hash__(self): return hash(self.id)
 
-# %% ../nbs/00_core.ipynb #89de3218
+# %% ../nbs/00_core.ipynb #849a1491
 def bound_args(kind, f, args):
     "`args` completed with the defaults in the signature of `f`; an unknown one is a `UserError`"
-    ps = {k: p for k,p in inspect.signature(f).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    ps = {k: p for k,p in inspect.signature(f).parameters.items()
+          if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     check_names(f'argument of {kind} {f.__name__}', args, ps)
     out = {k: p.default for k,p in ps.items() if p.default is not p.empty}
     return {**out, **args}
@@ -249,7 +263,8 @@ def base_folder(base):
     "The local folder or file of a base called by shipped name, path or package; None when it is a preset or a hub id"
     if str(base) in packaged:
         if (found := importlib.util.find_spec(packaged[base])): return next(Path(found.origin).parent.rglob('*.gguf'))
-        raise UserError(f'{base}: the package {packaged[base].replace("_", "-")} is missing. Install it: pip install "flow2lab[small]".')
+        raise UserError(f'{base}: the package {packaged[base].replace("_", "-")} is missing. '
+                        'Install it: pip install "flow2lab[small]".')
     for p in (project_path(setting('models'), str(base)), Path(str(base)).expanduser(), project_path(str(base))):
         if p.exists() and (p.is_file() or any(p.glob('*config.json')) or any(p.glob('*.gguf'))): return p.resolve()
 
@@ -259,7 +274,8 @@ def validate(self:Spec):
     d = self.to_dict()
     def fill(kind, axis, name, args): return bound_args(kind, axis[name], args) if name else {}
     d['method_args'] = fill('method', method, self.method, self.method_args)
-    for q in ('base_quant', 'quant'): d[q+'_args'] = fill('quantizer', quantizer, getattr(self, q), getattr(self, q+'_args'))
+    for q in ('base_quant', 'quant'):
+        d[q+'_args'] = fill('quantizer', quantizer, getattr(self, q), getattr(self, q+'_args'))
     def data(name, args):
         t = task[name]; check_names(f'argument of task {name}', args, t.args())
         return t.fingerprint(**args)
@@ -283,11 +299,13 @@ def id(self:Spec):
     if not hasattr(self, '_id'): object.__setattr__(self, '_id', hash_of(dict(self.validate(), schema=SCHEMA)))
     return self._id
 
-# %% ../nbs/00_core.ipynb #1cb7fc13
-_titles = dict(full='NoPeft', lora='LoRa', rslora='rsLoRa', dora='DoRa', vera='VeRa', pissa='PiSSA', ia3='IA3', loha='LoHa', lokr='LoKr',
+# %% ../nbs/00_core.ipynb #93688f62
+_titles = dict(full='NoPeft', lora='LoRa', rslora='rsLoRa', dora='DoRa', vera='VeRa',
+               pissa='PiSSA', ia3='IA3', loha='LoHa', lokr='LoKr',
                oft='OFT', adalora='AdaLoRa', prompt_tuning='Prompt')
 
-def _base_name(b): return b.name if isinstance(b, Spec) else Path(str(b)).stem if str(b).endswith('.gguf') else Path(str(b)).name
+def _base_name(b):
+    return b.name if isinstance(b, Spec) else Path(str(b)).stem if str(b).endswith('.gguf') else Path(str(b)).name
 
 @patch
 def peft_tag(self:Spec):
@@ -304,9 +322,12 @@ def quant_tag(self:Spec):
 
 @patch(as_prop=True)
 def name(self:Spec):
-    "`{model}-{data}_{training}_{peft}_{quant}`; the untouched base is `{model}-base_NoSFT_NoPeft_NoQuant`; a trained run quantized later keeps its name but for the quant"
-    if isinstance(self.base, Spec) and not self.task: return replace(self.base, quant=self.quant, quant_args=self.quant_args).name
-    how = 'NoSFT' if not self.task else 'PT' if self.train.loss_on=='all' else 'DPO' if getattr(task[self.task], 'objective', '')=='preference' else 'SFT'
+    "`{model}-{data}_{training}_{peft}_{quant}`; the untouched base is `{model}-base_NoSFT_NoPeft_NoQuant`; " \
+    "a trained run quantized later keeps its name but for the quant"
+    if isinstance(self.base, Spec) and not self.task:
+        return replace(self.base, quant=self.quant, quant_args=self.quant_args).name
+    how = ('NoSFT' if not self.task else 'PT' if self.train.loss_on=='all' else
+           'DPO' if getattr(task[self.task], 'objective', '')=='preference' else 'SFT')
     return f'{_base_name(self.base)}-{self.task or "base"}_{how}_{self.peft_tag()}_{self.quant_tag()}'
 
 @patch
@@ -320,8 +341,9 @@ def output_path(spec):
     "Where the weights that `spec` trains are kept"
     return project_path(setting('outputs'), f'{spec.name}--{spec.id}')
 
-# %% ../nbs/00_core.ipynb #74a365fe
-_packages = 'flow2lab torch transformers peft accelerate bitsandbytes torchao datasets tokenizers numpy pandas papermill nbdev trl'.split()
+# %% ../nbs/00_core.ipynb #8895a7dc
+_packages = ('flow2lab torch transformers peft accelerate bitsandbytes torchao datasets tokenizers numpy pandas '
+             'papermill nbdev trl').split()
 
 def versions(names=_packages):
     "Installed versions of the packages that decide results"
@@ -350,12 +372,14 @@ def hardware():
     d = dict(cpu=cpu_name(), cores=os.cpu_count(), memory=psutil.virtual_memory().total)
     if (torch := sys.modules.get('torch')):
         d['threads'] = torch.get_num_threads()
-        if torch.cuda.is_available(): d['gpus'] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available():
+            d['gpus'] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return d
 
 notes = {}   # What modules add to the provenance by themselves, such as which kernel computed a scan
 
 def provenance(seed=None):
     "What produced a number: versions, commit, hardware, seed and the time it began"
-    return dict(python=platform.python_version(), os=platform.platform(terse=True), versions=versions(), commit=git_commit(),
+    return dict(python=platform.python_version(), os=platform.platform(terse=True),
+                versions=versions(), commit=git_commit(),
                 hardware=hardware(), seed=seed, started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **notes)
