@@ -19,13 +19,17 @@ from .formats import RowError, canonical, in_valid, raw_rows
 from .nano import FACTS, Generated, facts, math_row, say
 from .tasks import Task, TrainingData, chat, hub_rows, squad_normal
 
-# %% ../nbs/15_stages.ipynb #729ba3f9
+# %% ../nbs/15_stages.ipynb #ff728c19
 ALPACA = ("{% for m in messages %}{% if m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token }}\n\n"
           "{% elif m.role == 'system' %}{{ m.content }}\n\n"
-          "{% else %}### Instruction:\n{{ m.instruction or m.content }}\n\n{% if m.input %}### Input:\n{{ m.input }}\n\n{% endif %}{% endif %}{% endfor %}"
+          "{% else %}### Instruction:\n{{ m.instruction or m.content }}\n\n"
+          "{% if m.input %}### Input:\n{{ m.input }}\n\n"
+          "{% endif %}{% endif %}{% endfor %}"
           "{% if add_generation_prompt %}### Response:\n{% endif %}")
 TEMPLATES = dict(chatml=CHATML, alpaca=ALPACA)
-MARKS = re.compile(r'<\|im_(start|end)\|>|<\|endoftext\|>|^### ?(Instruction|Input|Response|User|Assistant|Human)\b|^(user|assistant|system)\n', re.M)
+MARKS = re.compile(r'<\|im_(start|end)\|>|<\|endoftext\|>|'
+                   r'^### ?(Instruction|Input|Response|User|Assistant|Human)\b|'
+                   r'^(user|assistant|system)\n', re.M)
 
 def with_template(tok, name=''):   # `name`: of TEMPLATES, empty to keep the tokenizer's own
     "`tok` with the template; `UserError` if it lacks the tokens that the template is made of"
@@ -36,11 +40,12 @@ def with_template(tok, name=''):   # `name`: of TEMPLATES, empty to keep the tok
     tok.chat_template = TEMPLATES[name]
     return tok
 
-# %% ../nbs/15_stages.ipynb #7d7003c3
+# %% ../nbs/15_stages.ipynb #0225f1e9
 @task
 class text(Task):
     "Packed text to pretrain on: a folder of `flow2lab pack` and its tokenizer"
-    options = dict(tokenizer='', valid=.01)      # Folder of the tokenizer (that of the base if empty), and the share of sequences held out
+    # Folder of the tokenizer (that of the base if empty), and the share of sequences held out
+    options = dict(tokenizer='', valid=.01)
     form = 'a folder that `flow2lab pack` made'
 
     @classmethod
@@ -52,34 +57,43 @@ class text(Task):
     def tokenizer(cls, tokenizer='', **args):
         "The tokenizer of a model that starts from nothing"
         from flow2lab.models import load_tokenizer
-        if not tokenizer: raise UserError('task text: tokenizer= is missing. A model that starts from nothing needs the folder of the tokenizer that the pack was made with.')
+        if not tokenizer:
+            raise UserError('task text: tokenizer= is missing. '
+                            'A model that starts from nothing needs the folder of the tokenizer that the pack was '
+                            'made with.')
         return load_tokenizer(find_data(tokenizer))
     @classmethod
     def resolve(cls, args):
         check_names('argument of task text', args, cls.args())
         p = cls.pack(**args); v = args.get('valid', .01)
         if not 0<=v<1: raise UserError(f'valid={v}: the share of sequences held out lies from 0 to below 1.')
-        return dict(pack=p.manifest['hash'], tokenizer=p.manifest['tokenizer'], valid=v, task='text', version=cls.version)
+        return dict(pack=p.manifest['hash'], tokenizer=p.manifest['tokenizer'], valid=v,
+                    task='text', version=cls.version)
     @classmethod
-    def load(cls, *args, **kw): raise UserError('task text: packed tokens ask nothing. To evaluate on a text, take the task perplexity with its file.')
+    def load(cls, *args, **kw):
+        raise UserError('task text: packed tokens ask nothing. '
+                        'To evaluate on a text, take the task perplexity with its file.')
     @classmethod
     def training(cls, spec):
         "Sequences to train on and, from the end of the pack, those held out"
         from flow2lab.quantize import tokenizer_of
         from flow2lab.tokenize import load_pack
-        tok = tokenizer_of(spec); p = load_pack(spec.task_args.get('path', ''), tok); v = spec.task_args.get('valid', .01)
+        tok = tokenizer_of(spec)
+        p = load_pack(spec.task_args.get('path', ''), tok)
+        v = spec.task_args.get('valid', .01)
         train, valid = p.split(v) if v else (p.rows(), [])
         return TrainingData(train, valid, bytes_per_token=bytes_per_token(tok, valid))
 
 def bytes_per_token(tok, rows, most=200_000):
-    "Bytes of text that a predicted token of the sequences `rows` stands for, over the first `most` tokens; 0 if there are none"
+    "Bytes of text that a predicted token of the sequences `rows` stands for, over the first `most` tokens; " \
+    "0 if there are none"
     n = size = 0
     for r in rows:
         if n>=most: break
         n += len(r)-1; size += len(tok.decode(np.asarray(r)[1:].tolist(), skip_special_tokens=True).encode())
     return size/n if n else 0.
 
-# %% ../nbs/15_stages.ipynb #e8b884fc
+# %% ../nbs/15_stages.ipynb #eceecb39
 def threads(rows, language='en'):
     "Conversations of OASST1's message tree: from each root on, the reply that people ranked first"
     rows = [r for r in rows if not r.get('deleted') and language in ('', r.get('lang', language))]
@@ -105,7 +119,8 @@ TREE = {'message_id', 'parent_id', 'role', 'text'}
 class instruct(chat):
     "Instructions: Alpaca, Dolly and OASST1 together, or your own files in any known shape"
     metrics = dict(f1=_fraction, obeys=_fraction, words=dict(unit='words', direction=''))
-    options = dict(template='', language='en', held=.05, stream=False)   # Template of TEMPLATES; language of OASST1; share of rows on the test side; more rows than memory holds?
+    # Template of TEMPLATES; language of OASST1; share of rows on the test side; more rows than memory holds?
+    options = dict(template='', language='en', held=.05, stream=False)
     objective = 'labels'
     hub, max_new_tokens = 'tatsu-lab/alpaca,databricks/databricks-dolly-15k,OpenAssistant/oasst1', 128
     form = 'one or several files (path=a.json,b.jsonl) in any shape that `flow2lab data check` accepts'
@@ -118,8 +133,12 @@ class instruct(chat):
     def source(cls, split, path='', hub='', revision='main', language='en', **options):
         "(place, raw row) of every file or hub dataset; message trees become conversations"
         if path: streams = [((f'{relative(f)}:{n}', r) for n,r in raw_rows(f)) for f in cls.files(path, split)]
-        else: streams = [((f'{h}:{i}', r) for i,r in enumerate(hub_rows(h, None, 'train', revision), 1)) for h in (hub or cls.hub).split(',')]
-        return ((f'{p}', dict(r, id=f'{k}-{i}') if len(streams)>1 or 'id' not in r else r) for k,s in enumerate(streams) for i,(p,r) in enumerate(conversations(s, language)))
+        else:
+            streams = [((f'{h}:{i}', r) for i,r in enumerate(hub_rows(h, None, 'train', revision), 1))
+                       for h in (hub or cls.hub).split(',')]
+        return ((f'{p}', dict(r, id=f'{k}-{i}') if len(streams)>1 or 'id' not in r else r)
+                for k,s in enumerate(streams)
+                for i,(p,r) in enumerate(conversations(s, language)))
     @classmethod
     def rows(cls, split, source, held=.05, **options):
         side = lambda r: in_valid({k: r[k] for k in ('messages', 'chosen', 'rejected') if k in r}, held, seed=1)
@@ -128,7 +147,8 @@ class instruct(chat):
     def parse(cls, raw, **options):
         row = canonical_or_why(raw)
         if 'messages' not in row: raise ValueError('no instruction and answer in it')
-        if 'instruction' in raw and (more := raw.get('input') or raw.get('context')): row['messages'][-2].update(instruction=raw['instruction'], input=more)
+        if 'instruction' in raw and (more := raw.get('input') or raw.get('context')):
+            row['messages'][-2].update(instruction=raw['instruction'], input=more)
         return row
     @classmethod
     def stream(cls, split='train', path='', hub='', revision='main', **options):
@@ -138,10 +158,12 @@ class instruct(chat):
             for row in cls.rows(split, [r], **o): yield cls.example(dict(row, id=str(i)))
     @classmethod
     def training(cls, spec):
-        "With stream=True the rows go from the file or the hub to tokens on disk, never all in memory; else None, for the usual way"
+        "With stream=True the rows go from the file or the hub to tokens on disk, never all in memory; " \
+        "else None, for the usual way"
         a = spec.task_args
         if not a.get('stream'): return None
-        if cls.objective!='labels': raise UserError(f'task {cls.__name__}: stream=True is for rows with labels, not for pairs.')
+        if cls.objective!='labels':
+            raise UserError(f'task {cls.__name__}: stream=True is for rows with labels, not for pairs.')
         from flow2lab.quantize import tokenizer_of
         from flow2lab.train import Spooled, spool
         valid, tok, n, t = [], tokenizer_of(spec), a.get('n', 0), spec.train
@@ -153,7 +175,8 @@ class instruct(chat):
         rows = spool(train(), tok, output_path(spec)/'rows', t.seq_len, t.loss_on)
         return TrainingData(rows, valid)
     @classmethod
-    def score(cls, row, said): return dict(f1=super().score(row, said)['f1'], obeys=obeys(said), words=float(len(said.split())))
+    def score(cls, row, said):
+        return dict(f1=super().score(row, said)['f1'], obeys=obeys(said), words=float(len(said.split())))
 
 def canonical_or_why(raw):
     "The canonical row; why it is none as a ValueError, to which `Task.rows` adds the place"
@@ -180,13 +203,14 @@ class oasst1(instruct):
     "Conversations written and ranked by people (Köpf et al., 2023, arXiv:2304.07327)"
     hub = 'OpenAssistant/oasst1'
 
-# %% ../nbs/15_stages.ipynb #a29acb59
+# %% ../nbs/15_stages.ipynb #74a484ea
 @task
 class preference(instruct):
     "Pairs of answers, the first one better: any shape with chosen and rejected"
     kind, objective = 'choice', 'preference'
     metrics = dict(accuracy=_fraction)
-    options = dict(template='', language='en', held=.1, beta=.1, loss='sigmoid')      # beta and loss (TRL's name) of the training
+    # beta and loss (TRL's name) of the training
+    options = dict(template='', language='en', held=.1, beta=.1, loss='sigmoid')
     hub = 'HuggingFaceH4/ultrafeedback_binarized'
     form = 'rows with prompt, chosen and rejected, in any shape that `flow2lab data check` accepts'
 
@@ -207,12 +231,13 @@ class preference(instruct):
     @classmethod
     def text(cls, row): return ' '.join(m['content'] for m in row['messages'] if m['role']=='user')
 
-# %% ../nbs/15_stages.ipynb #df3d684b
+# %% ../nbs/15_stages.ipynb #4394f33a
 def pair_row(rng):
     "A question with a preferred and another answer"
     if rng.random()<.3:
         r = math_row(rng); good = r['answer'].split('\n')[0]; a, c = good.split(' = ')
-        return dict(question=r['question'], chosen=f'{good}.', rejected=rng.choice([f'{a} = {int(c)+rng.choice([-1, 1, 10])}.', f'{c}']))
+        return dict(question=r['question'], chosen=f'{good}.',
+                    rejected=rng.choice([f'{a} = {int(c)+rng.choice([-1, 1, 10])}.', f'{c}']))
     fs = facts(rng, rng.choice([1, 1, 2]), rng.randint(1, 3)); n, r, v = rng.choice(fs)
     told = lambda v: FACTS[r][0].format(n=n, v=v)
     wrong = rng.choice([x for x in FACTS[r][2] if x!=v])
@@ -236,20 +261,26 @@ class nano_preference(Generated, preference):
 
 @task
 class nano_talk(Generated, instruct):
-    "Answers to the same questions, half of them full sentences and half bare: to fine-tune on before any preference (form: instructions)"
-    make = staticmethod(lambda rng: (lambda r: dict(question=r['question'], output=r['chosen'] if rng.random()<.5 else r['chosen'].rstrip('.').split()[-1]))(pair_row(rng)))
+    "Answers to the same questions, half of them full sentences and half bare: " \
+    "to fine-tune on before any preference (form: instructions)"
+    make = staticmethod(lambda rng: (lambda r: dict(
+        question=r['question'], output=r['chosen'] if rng.random()<.5 else r['chosen'].rstrip('.').split()[-1],
+        ))(pair_row(rng)))
     options, max_new_tokens = dict(template=''), 24
     @classmethod
     def args(cls): return [*Generated.args(), *cls.options]
     @classmethod
     def load(cls, split='test', n=200, seed=0, **options):
-        return [dict(r, messages=[dict(role='user', content=r['question']), dict(role='assistant', content=r['output'])]) for r in super().load(split, n, seed)]
+        return [dict(r, messages=[dict(role='user', content=r['question']),
+                                  dict(role='assistant', content=r['output'])])
+                for r in super().load(split, n, seed)]
     @classmethod
     def resolve(cls, args):
         check_names('argument of task nano_talk', args, cls.args())
-        return dict(super().resolve({k: v for k,v in args.items() if k!='template'}), template=args.get('template', ''))
+        return dict(super().resolve({k: v for k,v in args.items() if k!='template'}),
+                    template=args.get('template', ''))
 
-# %% ../nbs/15_stages.ipynb #c8457838
+# %% ../nbs/15_stages.ipynb #46efdd96
 def grams(words, n): return [tuple(words[i:i+n]) for i in range(len(words)-n+1)]
 
 def distinct(text, n):
@@ -261,13 +292,16 @@ def repetition(text, n=4):
     "Share of the n-grams of words in `text` that occurred in it before; None when it is shorter"
     return None if (d := distinct(text, n)) is None else 1-d
 
-SMOKE = ['Once upon a time', 'The capital of France is', 'Water boils at', 'She opened the door and', 'In the beginning',
+SMOKE = ['Once upon a time', 'The capital of France is', 'Water boils at',
+         'She opened the door and', 'In the beginning',
          'Ada lives in Rome. Ada likes', '12 + 30 =', 'The most important thing about']
 
 @task
 class samples(Task):
     "Continuations of a few prompts, with their diversity and repetition"
-    metrics = dict(distinct_2=_fraction, distinct_1=_fraction, repetition=dict(unit='fraction', direction='min'), words=dict(unit='words', direction=''))
+    metrics = dict(distinct_2=_fraction, distinct_1=_fraction,
+                   repetition=dict(unit='fraction', direction='min'),
+                   words=dict(unit='words', direction=''))
     options, max_new_tokens = dict(ask=False), 48
     form = '{"text": "Once upon a time"} rows, or rows with instructions'
 
@@ -277,15 +311,19 @@ class samples(Task):
         return ((f'prompt {i}', dict(text=t)) for i,t in enumerate(SMOKE))
     @classmethod
     def parse(cls, raw, ask=False, **options):
-        prompt = raw['text'] if 'text' in raw else next(m['content'] for m in canonical(raw)['messages'] if m['role']=='user')
+        prompt = (raw['text'] if 'text' in raw else
+                  next(m['content'] for m in canonical(raw)['messages'] if m['role']=='user'))
         return dict(id=raw['id'], prompt=prompt, ask=ask) if 'id' in raw else dict(prompt=prompt, ask=ask)
     @classmethod
     def resolve(cls, args):
         a = super().resolve(args)
         return a if args.get('path') else dict(a, prompts=hash_of(SMOKE))
     @classmethod
-    def render(cls, row): return dict(messages=[dict(role='user', content=row['prompt'])] if row['ask'] else row['prompt'], answer='')
+    def render(cls, row):
+        return dict(messages=[dict(role='user', content=row['prompt'])] if row['ask'] else row['prompt'], answer='')
     @classmethod
-    def score(cls, row, said): return dict(distinct_1=distinct(said, 1), distinct_2=distinct(said, 2), repetition=repetition(said), words=float(len(said.split())))
+    def score(cls, row, said):
+        return dict(distinct_1=distinct(said, 1), distinct_2=distinct(said, 2),
+                    repetition=repetition(said), words=float(len(said.split())))
     @classmethod
     def text(cls, row): return row['prompt']
