@@ -95,7 +95,7 @@ def _teller(sock):
         with lock: sock.sendall(json.dumps(event, default=jupyter_json_default).encode() + b'\n')
     return say
 
-# %% ../nbs/70_sweep.ipynb #e69c0a3c
+# %% ../nbs/70_sweep.ipynb #f67f0e7d
 def _publisher(say):
     "Where `display` and plots of a run go"
     from IPython.core.displaypub import DisplayPublisher
@@ -110,12 +110,15 @@ def _publisher(say):
 def _shell(say):
     "An IPython that tells its outputs as they come"
     from execnb.shell import CaptureShell
-    shell = CaptureShell(mpl_format=None)          # matplotlib finds the inline backend by MPLBACKEND, if it is used at all
+    # matplotlib finds the inline backend by MPLBACKEND, if it is used at all
+    shell = CaptureShell(mpl_format=None)
     def told(data, metadata=None):
         for f in (sys.stdout, sys.stderr): f.flush()
-        say(output=dict(output_type='execute_result', data=data, metadata=metadata or {}, execution_count=shell.cell_number))
+        say(output=dict(output_type='execute_result', data=data,
+                        metadata=metadata or {}, execution_count=shell.cell_number))
     shell.displayhook.write_format_data, shell.display_pub = told, _publisher(say)
-    shell.showtraceback = lambda exc=None, *a, **k: exc and traceback.print_exception(*exc)       # of a repr that fails
+    # of a repr that fails
+    shell.showtraceback = lambda exc=None, *a, **k: exc and traceback.print_exception(*exc)
     return shell
 
 def _run_cells(cells,    # [(index in the notebook, source), ...]
@@ -159,7 +162,7 @@ def _settle(job):
     if (np := sys.modules.get('numpy')): np.random.seed(job['seed'] % 2**32)
     if (torch := sys.modules.get('torch')): torch.set_num_threads(job['threads']); torch.manual_seed(job['seed'])
 
-# %% ../nbs/70_sweep.ipynb #0dfc454c
+# %% ../nbs/70_sweep.ipynb #4d04fca4
 def _child(sock_fd, raw_fd, ctl_fd):
     "The life of a run's process: read the job, run its cells, tell how it went"
     import atexit, faulthandler
@@ -174,15 +177,17 @@ def _child(sock_fd, raw_fd, ctl_fd):
     _settle(job); os.environ['FLOW2LAB_WARM'] = f'{os.getpid()}:{ctl_fd}'
     say = _teller(sock)
     for fd, name in ((1, 'stdout'), (2, 'stderr')):
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(_Told(say, name, fd)), encoding='utf-8', line_buffering=True))
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(_Told(say, name, fd)),
+                                            encoding='utf-8', line_buffering=True))
     ok = _run_cells(job['cells'], say)
     atexit._run_exitfuncs()
     for f in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__): f.flush()
     return 0 if ok else 1
 
-# %% ../nbs/70_sweep.ipynb #daa48d32
+# %% ../nbs/70_sweep.ipynb #78866e75
 def _os_threads():
-    "Threads of this process as the system counts them, without jemalloc's, which survives a fork; 0 where it does not tell"
+    "Threads of this process as the system counts them, without jemalloc's, which survives a fork; " \
+    "0 where it does not tell"
     names = []
     for t in Path('/proc/self/task').glob('*/comm'):
         with contextlib.suppress(OSError): names.append(t.read_text().strip())
@@ -191,7 +196,8 @@ def _os_threads():
 class _Server:
     "The warm process"
     def __init__(self, fd):
-        self.lines, self.runs, self.tried = [socket.socket(fileno=fd)], {}, set()     # runs: pid → (line, the run's socket)
+        # runs: pid → (line, the run's socket)
+        self.lines, self.runs, self.tried = [socket.socket(fileno=fd)], {}, set()
         self.can_fork = sys.platform!='darwin' and os.environ.get('FLOW2LAB_FORK', '1')!='0'
         self.wake, w = os.pipe()
         for f in (self.wake, w): os.set_blocking(f, False)
@@ -287,7 +293,7 @@ def _serve(fd,             # Our end of the owner's line
             if line in s.lines: s.answer(line)
     for pid in s.runs: _kill(pid)
 
-# %% ../nbs/70_sweep.ipynb #1e6163ed
+# %% ../nbs/70_sweep.ipynb #2e2af3bf
 _inline = 'module://matplotlib_inline.backend_inline'      # as a Jupyter kernel sets it
 
 class Warm:
@@ -298,9 +304,11 @@ class Warm:
         pid, _, fd = os.environ.pop('FLOW2LAB_WARM', '').partition(':')
         if pid==str(os.getpid()): self.sock = socket.socket(fileno=int(fd)); return
         self.sock, its = socket.socketpair(); self.err = tempfile.TemporaryFile('w+')
-        path = [str(Path(sys.modules['flow2lab'].__file__).parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])]
+        path = [str(Path(sys.modules['flow2lab'].__file__).parent.parent),
+                *filter(None, [os.environ.get('PYTHONPATH')])]
         env = dict(os.environ, PYTHONPATH=os.pathsep.join(path), PYTHONHASHSEED='0', OPENBLAS_NUM_THREADS='1',
-                   TQDM_MININTERVAL='0.5', MPLBACKEND=_inline, PYTORCH_NVML_BASED_CUDA_CHECK='1')      # to ask for GPUs without starting CUDA
+                   # to ask for GPUs without starting CUDA
+                   TQDM_MININTERVAL='0.5', MPLBACKEND=_inline, PYTORCH_NVML_BASED_CUDA_CHECK='1')
         code = f'from flow2lab.sweep import _serve; _serve({its.fileno()}, {list(modules)!r})'
         self.proc = subprocess.Popen([sys.executable, '-c', code], env=env, pass_fds=[its.fileno()],
                                      stdin=subprocess.DEVNULL, stderr=self.err, start_new_session=True)
@@ -322,14 +330,16 @@ class Warm:
     def start(self, modules, fds, stop=None):
         "Process id of a new run that holds `fds`, started when `modules` are ready"
         with self.lock:
-            for _ in range(2):                                          # an idle warm process may have ended: once more
+            # an idle warm process may have ended: once more
+            for _ in range(2):
                 if stop is not None and stop.is_set(): raise InterruptedError('the sweep was stopped')
                 if not self.sock: self.connect()
                 try:
                     socket.send_fds(self.sock, [json.dumps(modules).encode() + b'\n'], fds)
                     if (pid := self.sock.recv(64)): return int(pid)
                 except OSError: pass
-                except BaseException: self.close(); raise               # interrupted: the answer must not meet the next question
+                # interrupted: the answer must not meet the next question
+                except BaseException: self.close(); raise
                 self.close()
         self.err.seek(0)
         raise RuntimeError(f'the warm process does not start:\n{self.err.read()[-2000:]}')
@@ -341,13 +351,14 @@ def warm():
     if _line is None or _line.pid!=os.getpid(): _line = Warm()
     return _line
 
-# %% ../nbs/70_sweep.ipynb #b91a3354
+# %% ../nbs/70_sweep.ipynb #dfffeb53
 _always = ['numpy', 'execnb.shell', 'IPython.core.displaypub']
 _heavy  = dict(torch=['torch'], transformers=['transformers.modeling_utils', 'transformers.models.auto.modeling_auto'],
                peft=['peft'], datasets=['datasets'], accelerate=['accelerate'], pandas=['pandas'],
                matplotlib=['matplotlib.pyplot'])
 _ours   = 'models|methods|train|quantize|evaluate|bench'          # our modules that import all of them, and these:
-_lazy   = ['transformers.trainer', 'transformers.models.qwen3.modeling_qwen3', 'transformers.models.llama.modeling_llama']
+_lazy   = ['transformers.trainer', 'transformers.models.qwen3.modeling_qwen3',
+           'transformers.models.llama.modeling_llama']
 
 @functools.cache
 def _nvidia():
@@ -367,8 +378,10 @@ def to_import(nb):
     lines = '\n'.join(l for c in nb['cells'] if c['cell_type']=='code' for l in ''.join(c['source']).split('\n')
                       if re.match(r'\s*(from|import)\s', l))
     ours = re.search(rf'flow2lab\b.*\b({_ours})\b', lines)
-    found = [m for n,ms in _heavy.items() for m in ms if ours or re.search(rf'\b{n}\b', lines)] + (_lazy if ours else [])
-    return [*_always, *(m for m in found if not (m=='peft' and gpus()))]       # peft loads bitsandbytes, which starts CUDA
+    found = ([m for n,ms in _heavy.items() for m in ms if ours or re.search(rf'\b{n}\b', lines)] +
+             (_lazy if ours else []))
+    # peft loads bitsandbytes, which starts CUDA
+    return [*_always, *(m for m in found if not (m=='peft' and gpus()))]
 
 # %% ../nbs/70_sweep.ipynb #bf661dde
 class Run:
@@ -422,17 +435,19 @@ def output(self:Run, output, id=None, update=False):
     self.cells[self.at].outputs.append(output)
     if id: self.shown[id] = output
 
-# %% ../nbs/70_sweep.ipynb #af2872ba
+# %% ../nbs/70_sweep.ipynb #59e8b40f
 @patch
 def hear(self:Run, e):
     "Take down one event"
-    if 'cell' in e: self.at, self.begun = e['cell'], time.monotonic(); self.man.cell_start(self.cells[self.at], self.at)
+    if 'cell' in e:
+        self.at, self.begun = e['cell'], time.monotonic(); self.man.cell_start(self.cells[self.at], self.at)
     elif 'stream' in e: self.stream(e['stream'], e['text'])
     elif 'output' in e: self.output(**e)
     elif 'clear' in e: self.cells[self.at].outputs = []
     elif 'done' in e:
         c = self.cells[e['done']]; c.execution_count = e['count']
-        c.outputs = [o for o in c.outputs if o.get('text', '-').strip() or '\r' not in o.text]       # a bar that cleared itself
+        # a bar that cleared itself
+        c.outputs = [o for o in c.outputs if o.get('text', '-').strip() or '\r' not in o.text]
         if not e['ok']: self.man.cell_exception(c, self.at)
         self.man.cell_complete(c, self.at); self.begun = 0.
     elif 'exit' in e: self.status = e['exit']
@@ -505,14 +520,15 @@ def judge(self:Run):
     self.output(dict(output_type='error', ename=name, evalue=why, traceback=[f'{name}: {why}']))
     self.man.cell_exception(c, self.at)
 
-# %% ../nbs/70_sweep.ipynb #61151f48
+# %% ../nbs/70_sweep.ipynb #2e4354f8
 class WarmEngine:
     "A papermill engine that runs the notebook in a fork of a warm process"
     @classmethod
-    def execute_notebook(cls, nb, kernel_name, output_path=None, progress_bar=True, log_output=False, autosave_cell_every=30,
-                         **kw):
+    def execute_notebook(cls, nb, kernel_name, output_path=None, progress_bar=True, log_output=False,
+                         autosave_cell_every=30, **kw):
         from papermill.engines import NotebookExecutionManager
-        given = [p for p in nb.metadata.papermill.get('parameters') or {} if not p.startswith('PAPERMILL_')]    # its own
+        # its own
+        given = [p for p in nb.metadata.papermill.get('parameters') or {} if not p.startswith('PAPERMILL_')]
         if given: check_parameters(given, declared(nb, 'this notebook'), 'this notebook')
         man = NotebookExecutionManager(nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output,
                                        autosave_cell_every=autosave_cell_every)
@@ -522,7 +538,8 @@ class WarmEngine:
         return man.nb
 
     @classmethod
-    def run(cls, man, preload=None, threads=0, seed=0, workdir=None, env=None, keep=(), live=None, stop=None, timeout=None,
+    def run(cls, man, preload=None, threads=0, seed=0, workdir=None, env=None, keep=(), live=None, stop=None,
+            timeout=None,
             execution_timeout=None, stdout_file=None, stderr_file=None, **_):
         files = dict(stdout=stdout_file, stderr=stderr_file)
         def told(name, text):
@@ -548,7 +565,7 @@ def cores():
     limit = os.environ.get('OMP_NUM_THREADS', '')
     return min(n, int(limit)) if limit.isdigit() and int(limit) else n
 
-# %% ../nbs/70_sweep.ipynb #81d83d0c
+# %% ../nbs/70_sweep.ipynb #299cd0b1
 def _tidy(nb):
     "An executed notebook as JSON, without papermill's bookkeeping of each cell and without paths of this machine"
     pm = nb['metadata'].get('papermill', {})
@@ -563,7 +580,8 @@ def execute(notebook,          # From the project root
             parameters=None,   # Values for its parameters cell
             show=False,        # Pass what it prints on stderr, such as a progress bar, on to ours?
             **kw):             # For the engine: timeout, threads, seed, workdir, env, live
-    "Run a notebook through papermill in a fork of the warm process; `UserError` and `PapermillExecutionError` name the cell"
+    "Run a notebook through papermill in a fork of the warm process; " \
+    "`UserError` and `PapermillExecutionError` name the cell"
     from papermill import execute_notebook
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
@@ -584,7 +602,7 @@ def execute(notebook,          # From the project root
         if tmp.exists(): atomic_write(out, _tidy(json.loads(tmp.read_text(encoding='utf-8')))); tmp.unlink()
     return out
 
-# %% ../nbs/70_sweep.ipynb #7922abdb
+# %% ../nbs/70_sweep.ipynb #f201c69b
 DONE = ('ok', 'nan', 'oom')
 
 @dataclass
@@ -599,7 +617,8 @@ class RunResult:
 
 def record_of(folder):
     "The record in a run's folder, or None if it is missing, broken or another run's"
-    from flow2lab.records import read_run          # here, because papermill imports this module and need not wait for pandas
+    # here, because papermill imports this module and need not wait for pandas
+    from flow2lab.records import read_run
     try: rec, _ = read_run(folder)
     except ValueError: return None
     return rec if rec['id']==folder.name.rpartition('--')[2] else None
@@ -650,14 +669,15 @@ def mend(work):
         if not (work.parent.parent/old.name).exists(): os.replace(old, work.parent.parent/old.name)
     shutil.rmtree(work, ignore_errors=True)
 
-# %% ../nbs/70_sweep.ipynb #e671cd71
+# %% ../nbs/70_sweep.ipynb #e75a94a5
 _no_memory, _final = ('OutOfMemory', 'OutOfMemoryError', 'MemoryError'), ('UserError', 'Timeout', 'Stopped')
 
 def _try(spec, template, work, new, **kw):
     "Execute the template for `spec`; the kind of error, or an empty string, and what it says"
     from papermill.exceptions import PapermillExecutionError
     shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True)
-    values = dict(spec_json=to_json(spec.to_dict()), study=os.path.relpath(new.parents[2], results_path()), folder=str(new))
+    values = dict(spec_json=to_json(spec.to_dict()), study=os.path.relpath(new.parents[2], results_path()),
+                  folder=str(new))
     try: execute(template, work/'notebook.ipynb', values, workdir=work, seed=spec.seed, **kw)
     except UserError as e: return 'UserError', str(e)
     except PapermillExecutionError as e:
@@ -685,7 +705,8 @@ def _run_one(spec, final, template, retry=1, force=False, since=0., **kw):
     try:
         if work.exists(): mend(work)
         rec = record_of(final)
-        fresh = rec and (final/'metrics.json').stat().st_mtime>since            # written by another sweep while we waited
+        # written by another sweep while we waited
+        fresh = rec and (final/'metrics.json').stat().st_mtime>since
         if rec and (fresh or rec['status'] in DONE and not force):
             return RunResult(spec, rec['status'], final, 0., rec.get('message', ''))
         for _ in range(retry+1):
@@ -763,7 +784,7 @@ def _tidy_up(study):
             try: mend(work)
             finally: release(lock)
 
-# %% ../nbs/70_sweep.ipynb #5f8983a0
+# %% ../nbs/70_sweep.ipynb #b719b471
 def sweep(specs,                     # Specs to run; equal ones run once
           study,                     # Folder below data/results
           jobs=None,                 # Runs at a time: None one per GPU or else one, 0 one per GPU or else per core
@@ -773,7 +794,8 @@ def sweep(specs,                     # Specs to run; equal ones run once
           force=False,               # Run again what has a record
           progress=True,             # Bar with the time left, and a summary, on stderr?
           pool='fork'):              # fork, or ray for the machines of a Ray cluster that share this folder
-    "Run what is missing and nothing else, bases first: a `RunResult` for each of `specs`. Kill it at will and call it again"
+    "Run what is missing and nothing else, bases first: a `RunResult` for each of `specs`. " \
+    "Kill it at will and call it again"
     specs = list(specs); todo = _check(specs, study, template, jobs, retry, pool); _tidy_up(study)
     kw = dict(template=template, retry=retry, timeout=timeout, since=time.time())
     state = _Sweep(todo, study, jobs, progress, force, pool, kw)
@@ -812,7 +834,7 @@ class _Sweep:
         first = f'{self.study}: {len(self.todo)} runs, {self.had} were there, {new} done now, {len(bad)} failed'
         return '\n'.join([first, *(f'  {r}' for r in bad)])
 
-# %% ../nbs/70_sweep.ipynb #ce639c12
+# %% ../nbs/70_sweep.ipynb #7fa11c2e
 @patch
 def step(self:_Sweep):
     "Start what can start, then wait a moment for what runs"
@@ -849,14 +871,16 @@ def _fork_pool(sw):
     pool = ThreadPoolExecutor(max(1, len(sw.slots)))
     env = dict(FLOW2LAB_ROOT=str(project_root()), TQDM_MININTERVAL='0.5')
     def submit(s, i, slot):
-        return pool.submit(_run_one, s, sw.folder[i], force=sw.force, threads=sw.threads, env={**env, **slot}, stop=sw.stop,
+        return pool.submit(_run_one, s, sw.folder[i], force=sw.force, threads=sw.threads,
+                           env={**env, **slot}, stop=sw.stop,
                            live=sw.bar.live(i, s.name), **sw.kw)
     return submit, pool.shutdown
 
 def _ray_pool(sw):
     "Runs as tasks of a Ray cluster, whose machines share the project's folder; Ray gives out the GPUs"
     try: import ray
-    except ImportError: raise UserError('pool="ray" needs Ray: pip install "flow2lab[ray]", or use pool="fork".') from None
+    except ImportError:
+        raise UserError('pool="ray" needs Ray: pip install "flow2lab[ray]", or use pool="fork".') from None
     if not ray.is_initialized(): ray.init(log_to_driver=False, configure_logging=False)
     root = dict(FLOW2LAB_ROOT=str(project_root()))
     task = ray.remote(_run_one).options(num_cpus=sw.threads, num_gpus=min(1, len(gpus())), max_retries=sw.kw['retry'],
