@@ -16,13 +16,14 @@ from . import train
 from .core import UserError, check_names
 from .train import StepData, eval_mode, fit, max_length, plan, prompt_text
 
-# %% ../nbs/32_preference.ipynb #9d204e67
+# %% ../nbs/32_preference.ipynb #38665f0a
 def encode_pairs(rows, tok, seq_len=512,   # Longest prompt with an answer, in tokens
                  limit=None):              # The model's own longest sequence
     "Samples `dict(prompt_ids, chosen_ids, rejected_ids)` of rows `dict(messages, chosen, rejected)`"
     out, long, seq_len = train.Samples(), [], min(seq_len, limit or seq_len)
     for i,row in enumerate(rows, 1):
-        if row['chosen'].strip()==row['rejected'].strip(): raise UserError(f'row {i}: chosen and rejected are the same. Take the row out.')
+        if row['chosen'].strip()==row['rejected'].strip():
+            raise UserError(f'row {i}: chosen and rejected are the same. Take the row out.')
         p = train._ids(tok, prompt_text(tok, row['messages'])); p = train._one_bos(tok, p, p)[0]
         c, r = (_answer(tok, row['messages'], row[k], i) for k in ('chosen', 'rejected'))
         n = len(p)+max(len(c), len(r))
@@ -37,7 +38,7 @@ def _answer(tok, messages, answer, i):
     if not answer.strip(): raise UserError(f'row {i}: an answer is empty. Give it one, or take the row out.')
     return [t for t,l in zip(ids, labels) if l!=-100]
 
-# %% ../nbs/32_preference.ipynb #35b3845f
+# %% ../nbs/32_preference.ipynb #03fecb87
 class PairData(StepData):
     "Step `i` of a plan of preference pairs: micro-batches as TRL collates them"
     def __init__(self, steps, samples, way, collate, rank=0, world=1):
@@ -50,12 +51,14 @@ def pair_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     if seed is not None: train._check_budget(t)
     samples = encode_pairs(rows, tok, t.seq_len, max_length(model))
-    if not len(samples): raise UserError('no pairs to train on: the data is empty, or every pair is longer than seq_len. Check the task and its n.')
+    if not len(samples):
+        raise UserError('no pairs to train on: the data is empty, or every pair is longer than seq_len. '
+                        'Check the task and its n.')
     how = dict(epochs=t.epochs, tokens=t.tokens, seed=seed) if seed is not None else {}
     steps = plan([len(s['input_ids']) for s in samples], t.batch_tokens, t.micro_tokens, world=world[1], **how)
     return PairData(steps, samples, way, DataCollatorForPreference(pad_token_id=tok.pad_token_id or 0), *world)
 
-# %% ../nbs/32_preference.ipynb #925b7e57
+# %% ../nbs/32_preference.ipynb #3c39d4f9
 KL_NUMBERS = 20_000_000          # Log-probabilities of the reference kept for it: some of the held pairs are enough
 
 @functools.cache
@@ -68,7 +71,8 @@ def trainer_class():
             from datasets import Dataset
             first = {k: v for k,v in data.samples[0].items() if k.endswith('_ids') and k!='input_ids'}
             DPOTrainer.__init__(self, model, args=args, train_dataset=Dataset.from_list([first]), processing_class=tok)
-            if 'ref' in getattr(model, 'peft_config', {}): model.delete_adapter('ref')       # TRL's copy of the adapter: not needed here
+            # TRL's copy of the adapter: not needed here
+            if 'ref' in getattr(model, 'peft_config', {}): model.delete_adapter('ref')
             self.begin(model, args, data, t, curve); self.eval_dataset, self.precompute_ref_logps = valid, True
             model.train(); self.refer(data)
             if valid is not None:
@@ -78,7 +82,7 @@ def trainer_class():
         def create_model_card(self, *a, **kw): pass                       # save_weights writes one
     return PreferenceTrainer
 
-# %% ../nbs/32_preference.ipynb #410fe010
+# %% ../nbs/32_preference.ipynb #f2818ad2
 def _logps(tr, batch):
     "Log-probability of each answer of a batch: the preferred ones, then the others"
     tr.ref_model = tr.model                                            # as it is now, adapter and all
@@ -93,7 +97,8 @@ def refer(tr, data):
             new = [i for i in m if 'ref_chosen_logps' not in data.samples[i]]
             if not new: continue
             c, r = _logps(tr, train._to(data.collate_new(m), tr.args.device))
-            for i,a,b in zip(m, c.tolist(), r.tolist()): data.samples[i].setdefault('ref_chosen_logps', a); data.samples[i].setdefault('ref_rejected_logps', b)
+            for i,a,b in zip(m, c.tolist(), r.tolist()):
+                data.samples[i].setdefault('ref_chosen_logps', a); data.samples[i].setdefault('ref_rejected_logps', b)
 
 def collate_new(data, m):
     "A batch of samples of which some have no reference yet"
@@ -116,9 +121,12 @@ def validate(tr):
     tr._metrics['eval'].clear(); d, total, sizes = tr.eval_dataset, 0., []
     with eval_mode(tr.model), torch.no_grad(), tr.compute_loss_context_manager():
         for mb in (mb for i in range(len(d)) for mb in d[i]['micro']):
-            total += float(tr.compute_loss(tr.model, train._to(mb, tr.args.device), num_items_in_batch=1)); sizes.append(len(mb['input_ids'])//2)
+            total += float(tr.compute_loss(tr.model, train._to(mb, tr.args.device), num_items_in_batch=1))
+            sizes.append(len(mb['input_ids'])//2)
     m = tr._metrics['eval']
-    tr.held = dict(val_accuracy=_mean(m['rewards/accuracies'], sizes), val_margin=_mean(m['rewards/margins'], sizes), val_kl=tr.kl()); m.clear()
+    tr.held = dict(val_accuracy=_mean(m['rewards/accuracies'], sizes), val_margin=_mean(m['rewards/margins'], sizes),
+                   val_kl=tr.kl())
+    m.clear()
     return total/sum(sizes)
 
 def kl(tr):
@@ -148,32 +156,41 @@ def _filled(cls):
 
 PairData.collate_new = collate_new
 
-# %% ../nbs/32_preference.ipynb #35414dac
+# %% ../nbs/32_preference.ipynb #40273d70
 class Preferences:
     "The objective DPO and its relatives: `beta` holds to the reference, `loss` is TRL's name"
     def __init__(self, beta=.1, loss='sigmoid'): self.beta, self.loss = beta, loss
-    def way(self, model): return f'pairs, {self.loss}, beta {self.beta:g}'      # Part of what tells a run's checkpoints from another's
+    # Part of what tells a run's checkpoints from another's
+    def way(self, model): return f'pairs, {self.loss}, beta {self.beta:g}'
     def data(self, *a, **kw): return pair_data(*a, **kw)
     def trainer(self, model, tok, t, out, seed, data, valid, curve):
         from trl import DPOConfig
         check_loss(self.beta, self.loss)
-        if getattr(getattr(model, 'base_model', None), 'rankallocator', None): raise UserError('method adalora: TRL wants a second adapter beside it, which AdaLoRA refuses. Take lora or another method.')
+        if getattr(getattr(model, 'base_model', None), 'rankallocator', None):
+            raise UserError('method adalora: TRL wants a second adapter beside it, which AdaLoRA refuses. '
+                            'Take lora or another method.')
         more = dict(beta=self.beta, loss_type=[self.loss], max_length=None, precompute_ref_log_probs=True, bf16=False,
-                    **({'label_smoothing': 1e-3} if self.loss=='exo_pair' else {}), **({} if t.checkpointing else dict(gradient_checkpointing=False)))
-        with train.quiet(): return _filled(trainer_class())(model, train._args(t, out, len(data), seed, model.device, kind=DPOConfig, **more), data, t, curve, tok, valid)
+                    **({'label_smoothing': 1e-3} if self.loss=='exo_pair' else {}),
+                    **({} if t.checkpointing else dict(gradient_checkpointing=False)))
+        with train.quiet():
+            return _filled(trainer_class())(
+                model, train._args(t, out, len(data), seed, model.device, kind=DPOConfig, **more),
+                data, t, curve, tok, valid)
 
 def check_loss(beta, loss):
     check_names('loss', [loss], LOSSES)
     if not beta>0: raise UserError(f'beta={beta}: give a number above 0, e.g. 0.1.')
 
-LOSSES = 'sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard apo_zero apo_down discopop sigmoid_norm'.split()
+LOSSES = ('sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard apo_zero apo_down discopop '
+          'sigmoid_norm').split()
 
 def fit_preferences(model, tok, rows, spec, *args, beta=.1, loss='sigmoid', **kw):
     "`fit` on rows `dict(messages, chosen, rejected)`; the reference is `model` as it comes"
     try: return fit(model, tok, rows, spec, *args, objective=Preferences(beta, loss), **kw)
-    finally: train._base(model).__dict__.pop('forward', None)           # TRL's fused output layer is not for evaluation
+    # TRL's fused output layer is not for evaluation
+    finally: train._base(model).__dict__.pop('forward', None)
 
-# %% ../nbs/32_preference.ipynb #1aa98a55
+# %% ../nbs/32_preference.ipynb #0277f05b
 def _objective(data, spec):
     a = spec.task_args
     return Preferences(a.get('beta', .1), a.get('loss', 'sigmoid')) if data.objective=='preference' else train.Labels()
@@ -181,8 +198,10 @@ def _objective(data, spec):
 def learn(model, tok, data, spec, **kw):   # data: `tasks.TrainingData`
     "Train as the data asks: on labels, on packed text (with its cost told), or on preferences. A `TrainResult`"
     valid = data.valid if len(data.valid) else None
-    if data.objective=='preference': return fit_preferences(model, tok, data.train, spec, valid=valid, **_args_of(spec), **kw)
-    tell = train.cost_teller(model, spec, data.bytes_per_token) if data.bytes_per_token or spec.train.loss_on=='all' else None
+    if data.objective=='preference':
+        return fit_preferences(model, tok, data.train, spec, valid=valid, **_args_of(spec), **kw)
+    tell = (train.cost_teller(model, spec, data.bytes_per_token)
+            if data.bytes_per_token or spec.train.loss_on=='all' else None)
     return fit(model, tok, data.train, spec, valid=valid, tell=tell, **kw)
 
 def _args_of(spec): return {k: spec.task_args[k] for k in ('beta', 'loss') if k in spec.task_args}
