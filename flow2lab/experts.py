@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from .core import UserError
 
-# %% ../nbs/22_experts.ipynb #67a7202d
+# %% ../nbs/22_experts.ipynb #d36d8b87
 def expert_modules(model):
     "{name: (module, number of experts)} of the model's expert layers, in order; `UserError` for a dense model"
     def size(m): return next((len(p) for p in m.parameters(recurse=False) if p.dim()==3), 0)
-    found = {n: (m, getattr(m, 'num_experts', 0) or size(m)) for n,m in model.named_modules() if n.endswith('experts') and size(m)}
-    if not found: raise UserError(f'{model.config.model_type}: this model has no experts. Give a mixture of experts, such as base=moe-nano.')
+    found = {n: (m, getattr(m, 'num_experts', 0) or size(m))
+             for n,m in model.named_modules()
+             if n.endswith('experts') and size(m)}
+    if not found:
+        raise UserError(f'{model.config.model_type}: this model has no experts. '
+                        'Give a mixture of experts, such as base=moe-nano.')
     return found
 
 @contextlib.contextmanager
@@ -37,7 +41,7 @@ def watch_experts(model):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/22_experts.ipynb #39d342f5
+# %% ../nbs/22_experts.ipynb #12501b28
 @dataclass
 class Routing:
     "How often each expert was chosen: `counts` (prompts, layers, experts), the category and the tokens of each prompt"
@@ -53,17 +57,20 @@ class Routing:
         return np.stack([self.counts[self.labels==c].sum(0) for c in self.categories])
     def __repr__(self):
         p, l, e = self.counts.shape
-        return f'Routing: {p} prompts in {len(self.categories)} categories, {self.tokens.sum():,} tokens, {l} layers of {e} experts, top {self.top_k}'
+        return (f'Routing: {p} prompts in {len(self.categories)} categories, {self.tokens.sum():,} tokens, '
+                f'{l} layers of {e} experts, top {self.top_k}')
 
 def record_routing(model,    # A mixture-of-experts model
                    tok,      # Its tokenizer
                    prompts,  # {category: [text, ...]}
                    most=512):# Tokens of a prompt that are read
-    "Send each prompt through `model` alone (no padding to count) and count its experts. Raises `UserError` for a dense model or an empty prompt"
+    "Send each prompt through `model` alone (no padding to count) and count its experts. " \
+    "Raises `UserError` for a dense model or an empty prompt"
     import torch
     mods, counts, labels, tokens, k = expert_modules(model), [], [], [], 0
     sizes = {e for _,e in mods.values()}
-    if len(sizes)>1: raise UserError(f'layers with different numbers of experts ({sorted(sizes)}) cannot be laid in one table.')
+    if len(sizes)>1:
+        raise UserError(f'layers with different numbers of experts ({sorted(sizes)}) cannot be laid in one table.')
     for c,texts in prompts.items():
         for t in texts:
             ids = tok(t, add_special_tokens=False, return_tensors='pt').input_ids[:,:most]
@@ -73,17 +80,19 @@ def record_routing(model,    # A mixture-of-experts model
             labels.append(c); tokens.append(ids.numel()); k = seen[next(iter(mods))][0].shape[1]
     return Routing(np.array(counts), np.array(labels), np.array(tokens), k, list(mods))
 
-# %% ../nbs/22_experts.ipynb #14602a64
+# %% ../nbs/22_experts.ipynb #fee61b3a
 def balance(counts): # (..., experts) choices
-    "{entropy (0 to 1), max_over_mean, cv, unused} of the loads, over the last axis. More balanced: entropy up, the others down"
+    "{entropy (0 to 1), max_over_mean, cv, unused} of the loads, over the last axis. " \
+    "More balanced: entropy up, the others down"
     p = np.asarray(counts, float); e = p.shape[-1]
     p = p/np.maximum(p.sum(-1, keepdims=True), 1e-300)
     with np.errstate(divide='ignore', invalid='ignore'): h = -np.where(p>0, p*np.log(p), 0.).sum(-1)/np.log(max(e, 2))
     return dict(entropy=h, max_over_mean=p.max(-1)*e, cv=p.std(-1)*e, unused=(p==0).sum(-1))
 
-# %% ../nbs/22_experts.ipynb #620f7888
+# %% ../nbs/22_experts.ipynb #81a1ed42
 def mutual_information(counts): # (categories, ..., experts)
-    "Bits that an expert tells about the category, each category weighing the same; one value for each of the middle axes"
+    "Bits that an expert tells about the category, each category weighing the same; " \
+    "one value for each of the middle axes"
     p = np.asarray(counts, float); p = p/np.maximum(p.sum(-1, keepdims=True), 1e-300)        # p(expert | category)
     mean = p.mean(0)
     with np.errstate(divide='ignore', invalid='ignore'): return np.where(p>0, p*np.log2(p/mean), 0.).sum(-1).mean(0)
@@ -91,7 +100,8 @@ def mutual_information(counts): # (categories, ..., experts)
 def specialization(r,            # A `Routing`
                    draws=2000,   # Shuffles of the labels
                    seed=0):
-    "{bits (mean over layers), by_layer, chance (mean of the shuffles), excess, p, draws}: is routing by category more than chance?"
+    "{bits (mean over layers), by_layer, chance (mean of the shuffles), excess, p, draws}: " \
+    "is routing by category more than chance?"
     if len(r.categories)<2: raise UserError('specialization compares categories: give prompts of at least two.')
     rng, flat = np.random.default_rng(seed), r.counts.reshape(len(r.counts), -1).astype(float)
     onehot = np.stack([r.labels==c for c in r.categories]).astype(float)                      # (categories, prompts)
@@ -99,29 +109,36 @@ def specialization(r,            # A `Routing`
     seen = bits(onehot)
     shuffled = np.array([bits(onehot[:,rng.permutation(len(flat))]) for _ in range(draws)])
     p = (1 + (shuffled.mean(1) >= seen.mean()-1e-12).sum())/(1 + draws)
-    return dict(bits=float(seen.mean()), by_layer=seen, chance=float(shuffled.mean()), excess=float(seen.mean()-shuffled.mean()), p=float(p), draws=draws)
+    return dict(bits=float(seen.mean()), by_layer=seen, chance=float(shuffled.mean()),
+                excess=float(seen.mean()-shuffled.mean()),
+                p=float(p), draws=draws)
 
-# %% ../nbs/22_experts.ipynb #bcc513fa
+# %% ../nbs/22_experts.ipynb #945f1222
 def preference(r,          # A `Routing`
                layer=None):# Layer number, None for all layers side by side
-    "DataFrame (categories x experts): log2 of a category's share of an expert over the mean category's; 0 is no preference, 1 twice as often"
+    "DataFrame (categories x experts): log2 of a category's share of an expert over the mean category's; " \
+    "0 is no preference, 1 twice as often"
     import pandas as pd
     c = r.by_category().astype(float) + 0.5
     share = c/c.sum(-1, keepdims=True); ratio = np.log2(share/share.mean(0))
     e = ratio.shape[-1]
     if layer is not None: return pd.DataFrame(ratio[:,layer], index=r.categories, columns=range(e))
-    return pd.DataFrame(ratio.reshape(len(ratio), -1), index=r.categories, columns=[f'{l}.{i}' for l in range(ratio.shape[1]) for i in range(e)])
+    return pd.DataFrame(ratio.reshape(len(ratio), -1), index=r.categories,
+                        columns=[f'{l}.{i}' for l in range(ratio.shape[1]) for i in range(e)])
 
 def favourites(r, n=1):
     "{category: [(layer, expert, log2 ratio), ...]} of the `n` experts that each category prefers most"
     p = preference(r); e = r.counts.shape[-1]
-    return {c: [(int(j)//e, int(j)%e, round(float(p.loc[c].iloc[j]), 2)) for j in np.argsort(-p.loc[c].to_numpy())[:n]] for c in p.index}
+    return {c: [(int(j)//e, int(j)%e, round(float(p.loc[c].iloc[j]), 2))
+                for j in np.argsort(-p.loc[c].to_numpy())[:n]]
+            for c in p.index}
 
 def plot_routing(r, title=''):
     "One heat map a layer: preference of each category for each expert"
     import matplotlib.pyplot as plt
     n, (_, l, e) = len(r.categories), r.counts.shape
-    fig, axes = plt.subplots(1, l, figsize=(min(1.5 + l*max(1.6, .22*e), 16), .8 + .32*n), sharey=True, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, l, figsize=(min(1.5 + l*max(1.6, .22*e), 16), .8 + .32*n),
+                             sharey=True, squeeze=False, layout='constrained')
     for i,ax in enumerate(axes[0]):
         im = ax.imshow(preference(r, i), cmap='RdBu_r', vmin=-2, vmax=2, aspect='auto')
         ax.set(title=f'layer {i}', xlabel='expert', xticks=range(0, e, max(1, e//8)))
