@@ -14,11 +14,14 @@ import random
 from .core import UserError, check_names, hash_of, task
 from .tasks import Task, TrainingData, arc, contamination, gsm8k, squad_v2
 
-# %% ../nbs/13_nano.ipynb #f60873fa
+# %% ../nbs/13_nano.ipynb #394ef242
 NAMES  = 'Ada Ben Cleo Dan Eva Finn Gia Hugo Ivy Jack Kira Leo Mia Noah Olga Paul Rosa Sam Tess Yuri'.split()
-TOWNS  = 'Athens Berlin Cairo Dublin Essen Florence Geneva Hanoi Izmir Kyoto Lima Madrid Nice Oslo Paris Quito Rome Seoul Tunis Vienna'.split()
-FOODS  = 'apples beans bread cake cheese corn dates eggs figs fish grapes honey lemons nuts olives pears plums rice soup tea'.split()
-PETS   = 'bear bird camel cat cow dog duck fox frog goat hen horse lamb mouse owl pig rabbit sheep snake turtle'.split()
+TOWNS  = ('Athens Berlin Cairo Dublin Essen Florence Geneva Hanoi Izmir Kyoto Lima Madrid Nice Oslo Paris Quito Rome '
+          'Seoul Tunis Vienna').split()
+FOODS  = ('apples beans bread cake cheese corn dates eggs figs fish grapes honey lemons nuts olives pears plums rice '
+          'soup tea').split()
+PETS   = ('bear bird camel cat cow dog duck fox frog goat hen horse lamb mouse owl pig rabbit sheep snake '
+          'turtle').split()
 THINGS = 'bags balls bells books boxes cards coins cups hats keys maps pens rings ropes shells stones'.split()
 
 # relation: statement, question, values
@@ -41,7 +44,8 @@ def missing(rng, fs):
     return FACTS[rng.choice([r for r in FACTS if r not in [x for m,x,_ in fs if m==n]])][1].format(n=n)
 
 def sum_of(rng, easy=False):
-    "Two numbers, their sign and their result: sums to 198 and differences from 0; easy ones have at most one carry-free tens digit"
+    "Two numbers, their sign and their result: sums to 198 and differences from 0; " \
+    "easy ones have at most one carry-free tens digit"
     a, b = rng.randint(1, 20 if easy else 99), rng.randint(1, 20 if easy else 99)
     if rng.random()<.5: return a, b, '+', a+b
     return max(a,b), min(a,b), '-', abs(a-b)
@@ -71,13 +75,14 @@ class Generated:
         check_names(f'argument of task {cls.__name__}', args, cls.args())
         return dict({**dict(split='test', n=200, seed=0), **args}, task=cls.__name__, version=VERSION)
 
-# %% ../nbs/13_nano.ipynb #9f5bcc47
+# %% ../nbs/13_nano.ipynb #c249c300
 def math_row(rng):
     a, b, sign, c = sum_of(rng)
     n, t = rng.choice(NAMES), rng.choice(THINGS)
     story = f'{n} has {a} {t}. {n} gets {b} more. How many {t} does {n} have?' if sign=='+' else \
             f'{n} has {a} {t}. {n} loses {b}. How many {t} does {n} have?'
-    return dict(question=story if rng.random()<.5 else f'What is {a} {sign} {b}?', answer=f'{a} {sign} {b} = {c}\n#### {c}')
+    return dict(question=story if rng.random()<.5 else f'What is {a} {sign} {b}?',
+                answer=f'{a} {sign} {b} = {c}\n#### {c}')
 
 @task
 class nano_math(Generated, gsm8k):
@@ -85,9 +90,10 @@ class nano_math(Generated, gsm8k):
     max_new_tokens = 24
     make = staticmethod(math_row)
     @classmethod
-    def render(cls, row): return dict(messages=[dict(role='user', content=row['question'])], answer=row['answer'].split('\n')[0])
+    def render(cls, row):
+        return dict(messages=[dict(role='user', content=row['question'])], answer=row['answer'].split('\n')[0])
 
-# %% ../nbs/13_nano.ipynb #cfe07b39
+# %% ../nbs/13_nano.ipynb #33cac22f
 def choice_row(rng):
     kind = rng.choice(['largest', 'smallest', 'even', 'odd'])
     if kind in ('largest', 'smallest'):
@@ -96,7 +102,8 @@ def choice_row(rng):
         good = [x for x in range(1, 100) if (x%2==0)==(kind=='even')]
         gold, xs = rng.choice(good), rng.sample([x for x in range(1, 100) if (x%2==0)!=(kind=='even')], 3)
         xs.append(gold); rng.shuffle(xs)
-    return dict(question=dict(stem=f'Which number is {kind}?', choices=[dict(text=str(x), label='ABCD'[i]) for i,x in enumerate(xs)]),
+    return dict(question=dict(stem=f'Which number is {kind}?',
+                              choices=[dict(text=str(x), label='ABCD'[i]) for i,x in enumerate(xs)]),
                 answerKey='ABCD'[xs.index(gold)])
 
 @task
@@ -110,10 +117,11 @@ class nano_choice(Generated, arc):
         return dict(messages=[dict(role='user', content=f'{q["stem"]} {" ".join(xs)}')], choices=xs,
                     gold=labels.index(row['answerKey']), answer=xs[labels.index(row['answerKey'])])
 
-# %% ../nbs/13_nano.ipynb #0f375cbf
+# %% ../nbs/13_nano.ipynb #c622fe62
 def qa_row(rng):
     fs = facts(rng, rng.choice([1, 1, 2]), rng.randint(2, 3)); context = say(fs)
-    if rng.random()<.25: return dict(context=context, question=missing(rng, fs), answers=dict(text=[], answer_start=[]))
+    if rng.random()<.25:
+        return dict(context=context, question=missing(rng, fs), answers=dict(text=[], answer_start=[]))
     n, r, v = rng.choice(fs)
     said = FACTS[r][0].format(n=n, v=v)
     return dict(context=context, question=FACTS[r][1].format(n=n),
@@ -129,7 +137,7 @@ class nano_qa(Generated, squad_v2):
         ask = f'{row["context"]} {row["question"]}'
         return dict(messages=[dict(role='user', content=ask)], answer=(row['answers']['text'] or ['unanswerable'])[0])
 
-# %% ../nbs/13_nano.ipynb #52242ca6
+# %% ../nbs/13_nano.ipynb #1b619f4a
 LENGTHS = 8, 16, 32, 64      # sentences around the needle
 
 def needle_row(rng, lengths=LENGTHS):
@@ -147,13 +155,14 @@ class nano_needle(Generated, Task):
     max_new_tokens = 6
     make = staticmethod(needle_row)
     @classmethod
-    def render(cls, row): return dict(messages=[dict(role='user', content=f'{row["context"]} {row["question"]}')], answer=row['code'])
+    def render(cls, row):
+        return dict(messages=[dict(role='user', content=f'{row["context"]} {row["question"]}')], answer=row['code'])
     @classmethod
     def score(cls, row, prediction):
         right = float(prediction.strip().rstrip('.')==row['code'])
         return {'accuracy': right, f'accuracy_{row["length"]}': right}
 
-# %% ../nbs/13_nano.ipynb #2f10a8c3
+# %% ../nbs/13_nano.ipynb #aa31f1f9
 def _sums(rng, p):
     out = []
     for _ in range(rng.randint(3, 8)):
@@ -179,7 +188,9 @@ def _tale(rng, p):
 
 def _chat(rng, p):
     kind = rng.random()
-    if kind<.8: t = nano_choice if kind<.4 else nano_qa; return {k: v for k,v in t.render(dict(t.make(rng), id='')).items() if k in ('messages', 'answer')}
+    if kind<.8:
+        t = nano_choice if kind<.4 else nano_qa
+        return {k: v for k,v in t.render(dict(t.make(rng), id='')).items() if k in ('messages', 'answer')}
     a, b, s, c = sum_of(rng, easy=True)
     return dict(messages=[dict(role='user', content=f'Calculate {a} {s} {b}.')], answer=str(c))
 
@@ -189,25 +200,30 @@ def _chat_tale(rng, p):
     ask = rng.choice([t[0]+'.', f'{fs} {t[0]}.', f'{t[0]}. {fs}', f'{t[0]}. How many now?'])
     return dict(messages=[dict(role='user', content=ask)], answer=t[1].split(' has ')[1])
 
-def _asked(rng, p): return {k: v for k,v in nano_qa.render(dict(nano_qa.make(rng), id='')).items() if k in ('messages', 'answer')}
+def _asked(rng, p):
+    return {k: v for k,v in nano_qa.render(dict(nano_qa.make(rng), id='')).items() if k in ('messages', 'answer')}
 
-MIXES = dict(all=[22, 8, 40, 10, 20, 0, 0], tales=[22, 8, 40, 10, 20, 40, 0], recall=[0, 0, 80, 0, 0, 0, 20])     # documents of each kind
+# documents of each kind
+MIXES = dict(all=[22, 8, 40, 10, 20, 0, 0], tales=[22, 8, 40, 10, 20, 40, 0], recall=[0, 0, 80, 0, 0, 0, 20])
 
 def pretraining_rows(n, seed=0, stage=1, mix=''):
-    "`n` documents of a mix (by default that of the stage): `text`, `given` and the `text` that follows, or `messages` and `answer`; they grow harder along the way"
+    "`n` documents of a mix (by default that of the stage): `text`, `given` and the `text` that follows, " \
+    "or `messages` and `answer`; they grow harder along the way"
     rng, kinds = random.Random(f'text-{seed}'), [_sums, _order, _story, _tale, _chat, _chat_tale, _asked]
     weights = MIXES[mix or ('all', 'tales')[stage-1]]
     for i in range(n): yield rng.choices(kinds, weights)[0](rng, i/n if stage==1 else 1)
 
 def row_text(row):
     "A document of `pretraining_rows` as plain text"
-    return row.get('given', '') + row['text'] if 'text' in row else '\n'.join([*(m['content'] for m in row['messages']), row['answer']])
+    return (row.get('given', '') + row['text'] if 'text' in row else
+            '\n'.join([*(m['content'] for m in row['messages']), row['answer']]))
 
-# %% ../nbs/13_nano.ipynb #d6eb3892
+# %% ../nbs/13_nano.ipynb #3c8eb238
 @task
 class nano_text(Task):
     "Generated documents to pretrain a preset on, with needles among them"
-    options = dict(needles=.1, mix='all')   # Part of the documents that hide a needle; the others: all, or recall (facts told and asked for)
+    # Part of the documents that hide a needle; the others: all, or recall (facts told and asked for)
+    options = dict(needles=.1, mix='all')
     @classmethod
     def tokenizer(cls, **args):
         from flow2lab.models import load_tokenizer
@@ -220,7 +236,8 @@ class nano_text(Task):
         check_names('mix of nano_text', [args.get('mix', 'all')], MIXES)
         return dict({**dict(n=0, seed=0, **cls.options), **args}, task='nano_text', version=VERSION)
     @classmethod
-    def load(cls, *args, **kw): raise UserError('nano_text asks nothing. Evaluate with nano_math, nano_choice, nano_qa or nano_needle.')
+    def load(cls, *args, **kw):
+        raise UserError('nano_text asks nothing. Evaluate with nano_math, nano_choice, nano_qa or nano_needle.')
     @classmethod
     def documents(cls, n, seed=0, needles=.1, mix='all'):
         rng = random.Random(f'needles-{seed}')
@@ -229,15 +246,18 @@ class nano_text(Task):
             yield {k: v for k,v in nano_needle.render(needle_row(rng, LENGTHS[:3])).items()}
     @classmethod
     def training(cls, spec):
-        "`n` documents (by default enough for the budget), encoded, with the loss on what follows from what is given; 400 others held out"
+        "`n` documents (by default enough for the budget), encoded, " \
+        "with the loss on what follows from what is given; 400 others held out"
         from flow2lab.quantize import tokenizer_of
         from flow2lab.train import encode
         tok, a = tokenizer_of(spec), cls.resolve(spec.task_args); n = a['n'] or int(spec.train.tokens/35)+1000
         docs = lambda n, seed: list(cls.documents(n, seed, a['needles'], a['mix']))
         def encoded(rows):
             given = [i for i,r in enumerate(rows) if 'given' in r]
-            ids = [tok([rows[i][k] for i in given], add_special_tokens=False).input_ids if given else [] for k in ('given', 'text')]
-            for i,g,t in zip(given, *ids): rows[i] = dict(input_ids=[*g, *t, tok.eos_token_id], labels=[-100]*len(g) + [*t, tok.eos_token_id])
+            ids = [tok([rows[i][k] for i in given], add_special_tokens=False).input_ids if given else []
+                   for k in ('given', 'text')]
+            for i,g,t in zip(given, *ids):
+                rows[i] = dict(input_ids=[*g, *t, tok.eos_token_id], labels=[-100]*len(g) + [*t, tok.eos_token_id])
             return encode(rows, tok, seq_len=spec.train.seq_len, loss_on='answer')
         rows = docs(n, 2*a['seed']); asked = [r for r in rows if 'messages' in r]
         found = {name: contamination(asked, task[name].load(**kw), None, task[name]) for name,kw in spec.eval.items()}
