@@ -11,14 +11,15 @@ __all__ = ['LETTERS', 'Task', 'check_hub', 'hub_rows', 'sample', 'turns', 'norma
            'perplexity', 'chat', 'read_predictions', 'score_file', 'contamination', 'with_and_without', 'TrainingData',
            'training_data', 'clean_metrics']
 
-# %% ../nbs/11_tasks.ipynb #a79363ed
+# %% ../nbs/11_tasks.ipynb #7231f006
 import collections, difflib, hashlib, itertools, json, math, os, re, string, sys, threading
 import urllib.error, urllib.request
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from fastcore.basics import patch
-from .core import UserError, check_names, find_data, fingerprint, hash_of, project_root, relative, setting, task
+from .core import (UserError, check_names, find_data, fingerprint, hash_of, project_root, relative, setting,
+                           task)
 from .formats import data_file, in_valid, open_data, raw_rows, read_rows
 
 # %% ../nbs/11_tasks.ipynb #e92c223e
@@ -56,7 +57,7 @@ def aggregate(cls:Task,
     counts = [c for c in ('unparsed', 'truncated') if any(c in s for s in scores)]
     return {**out, **{c: int(sum(s[c] for s in scores)) for c in counts}}
 
-# %% ../nbs/11_tasks.ipynb #c65aa1ec
+# %% ../nbs/11_tasks.ipynb #544960b5
 _suffixes = ('.jsonl', '.json', '.parquet', '.csv', '.txt', '.raw', '.tokens')
 def _suffix(f): return Path(str(f)[:-3] if str(f).endswith('.gz') else f).suffix.lower()
 def _words(f): return set(re.split('[^a-z0-9]+', str(f).lower()))
@@ -76,13 +77,15 @@ def files(cls:Task, path, split='test', subset='', **options):
     if len({_unsharded(f) for f in found})==1: return [p/f for f in found]
     names = ', '.join(map(str, (found or here)[:8])) or 'no data files at all'
     said = f'{len(found)} files could be' if found else 'no file is named as'
-    raise UserError(f'{path}: {said} the {split} split of {cls.__name__} (by the words {", ".join(cls.splits[split])}).'
+    raise UserError(f'{path}: {said} the {split} split of {cls.__name__} '
+                    f'(by the words {", ".join(cls.splits[split])}).'
                     f' There: {names}. Name the file itself in path=.')
 
-# %% ../nbs/11_tasks.ipynb #b95ce415
+# %% ../nbs/11_tasks.ipynb #1e81fc2f
 def check_hub(what):
     "Raise `UserError` unless the hub answers within the setting `hub_timeout` (seconds)"
-    if os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on'): return     # its client will use the cache
+    # its client will use the cache
+    if os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on'): return
     url, limit, answer = os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), float(setting('hub_timeout')), []
     def knock():
         try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=limit); answer.append('')
@@ -102,7 +105,8 @@ def hub_rows(repo, config=None, split='test', revision='main'):
     try: yield from datasets.load_dataset(str(repo), config, split=split, revision=revision, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         where = f'dataset {repo} ({config or "default"}, {split}{"" if local else f", revision {revision}"})'
-        raise UserError(f'{where}: {str(e).splitlines()[0]}. Correct hub= or revision=, or give path= a local copy.') from e
+        raise UserError(f'{where}: {str(e).splitlines()[0]}. '
+                        'Correct hub= or revision=, or give path= a local copy.') from e
 
 # %% ../nbs/11_tasks.ipynb #538f1b01
 def sample(rows, n=0, seed=0):
@@ -392,7 +396,7 @@ def macro_f1(golds, preds):
     seen = collections.Counter(golds) + collections.Counter(p for p in preds if p is not None)     # tp+fn + tp+fp
     return sum(2*tp[l]/n for l,n in seen.items())/len(seen)
 
-# %% ../nbs/11_tasks.ipynb #65def299
+# %% ../nbs/11_tasks.ipynb #31578803
 LETTERS = string.ascii_uppercase
 _letter = [r'^[\s*("]*([A-Z])[\s*"]*(?:[).:,].*)?$',                                   # B. a bat
            r'(?i:\b(?:answer|option|choice)\b(?:\s+is)?)[\s:*("]*([A-Z])(?![\w\'])',     # The answer is **B**
@@ -415,11 +419,13 @@ class arc(Task):
         check_names('way to ask', [ask], ['mc', 'cloze'])
         if 'prompt' in raw: stem, texts, gold = raw['prompt'], raw['choices'], raw['answer_idx']
         else:
-            q = raw['question'] if isinstance(raw['question'], dict) else dict(stem=raw['question'], choices=raw['choices'])
+            q = (raw['question'] if isinstance(raw['question'], dict) else
+                 dict(stem=raw['question'], choices=raw['choices']))
             stem, cs = q['stem'], q['choices']
             texts, labels = ([c[k] for c in cs] if isinstance(cs, list) else cs[k] for k in ('text', 'label'))
             gold = list(labels).index(raw['answerKey'])
-        if not (isinstance(gold, int) and 0<=gold<len(texts)): raise ValueError(f'none of {len(texts)} choices is the answer')
+        if not (isinstance(gold, int) and 0<=gold<len(texts)):
+            raise ValueError(f'none of {len(texts)} choices is the answer')
         choices = [dict(text=t, label=l) for t,l in zip(texts, LETTERS)]
         row = dict(id=raw['id'], question=dict(stem=stem, choices=choices), answerKey=LETTERS[gold])
         return row if ask=='mc' else dict(row, ask=ask)
@@ -476,7 +482,7 @@ def squad_f1(gold, pred):
     precision, recall = same/len(p), same/len(g)
     return 2*precision*recall/(precision+recall)
 
-# %% ../nbs/11_tasks.ipynb #cb762028
+# %% ../nbs/11_tasks.ipynb #c3b2cc20
 def read_text(f):
     "The text of a file, perhaps gzipped; `UserError` with the line when it is not UTF-8, and when it is empty"
     with open_data(f) as h: data = h.read()
@@ -520,7 +526,8 @@ class squad_v2(Task):
     def parse(cls, raw, **options):
         a = raw['answers']
         texts = a['text'] if isinstance(a, dict) else [x['text'] for x in a]
-        return dict(id=raw['id'], context=raw['context'], question=raw['question'].strip(), answers=dict(text=[*texts]))
+        return dict(id=raw['id'], context=raw['context'], question=raw['question'].strip(),
+                    answers=dict(text=[*texts]))
 
     @classmethod
     def render(cls, row):
@@ -553,24 +560,26 @@ class squad_v2(Task):
     @classmethod
     def text(cls, row): return f'{row["context"]} {row["question"]}'
 
-# %% ../nbs/11_tasks.ipynb #2556e7f2
+# %% ../nbs/11_tasks.ipynb #54011ab6
 def windows(n,           # Tokens, counting the one put before the text
             window,      # Longest input in tokens
             stride=0):   # Tokens by which it moves on, 0 for half of `window`
     "[(begin, end, first)]: feed tokens begin..end-1, score tokens first..end-1 by what comes before each"
     stride = stride or max(1, window//2)
-    if not 0<stride<window: raise UserError(f'stride={stride}: give 1 to {window-1} tokens, less than window={window}.')
+    if not 0<stride<window:
+        raise UserError(f'stride={stride}: give 1 to {window-1} tokens, less than window={window}.')
     out, done = [], 1
     while done<n:
         end = min(n, window if done==1 else done+stride)
         out.append((max(0, end-window), end, done)); done = end
     return out
 
-# %% ../nbs/11_tasks.ipynb #97d43bff
+# %% ../nbs/11_tasks.ipynb #efdb5575
 _title = re.compile(r'^ = [^=].*[^=] = $', re.M)
 
 def documents(text, chars=0):
-    "`text` as documents: WikiText's articles, else the whole; cut at line ends into pieces of about `chars` characters"
+    "`text` as documents: WikiText's articles, else the whole; " \
+    "cut at line ends into pieces of about `chars` characters"
     starts = [m.start() for m in _title.finditer(text)]
     docs = [text[a:b] for a,b in zip([0]*(not starts or starts[0]>0)+starts, starts+[len(text)])]
     docs = [d for d in docs if d.strip()]
@@ -607,7 +616,8 @@ class perplexity(Task):
     def rows(cls, split, source, chars=0, window=0, stride=0, **options):
         source = list(source)
         for place, raw in source:
-            if not isinstance(raw.get('text'), str): raise UserError(f'{place}: no field "text". Expected: {cls.form}.')
+            if not isinstance(raw.get('text'), str):
+                raise UserError(f'{place}: no field "text". Expected: {cls.form}.')
         texts = [r['text'] for _,r in source]
         lines = all(t.count('\n')<=1 for t in texts) and any(_title.match(t.rstrip('\n')) for t in texts)
         if lines: texts = [''.join(t if t.endswith('\n') else (t or ' ')+'\n' for t in texts)]   # WikiText on the hub
@@ -636,7 +646,7 @@ class perplexity(Task):
     @classmethod
     def text(cls, row): return row['text']
 
-# %% ../nbs/11_tasks.ipynb #deac02fc
+# %% ../nbs/11_tasks.ipynb #f727ce69
 @task
 class chat(Task):
     "Your own file: any shape that `flow2lab data check` accepts"
@@ -660,7 +670,8 @@ class chat(Task):
 
     @classmethod
     def render(cls, row):
-        if 'text' in row: raise UserError(f'row {row["id"]}: plain text asks nothing. Evaluate it with the task perplexity.')
+        if 'text' in row:
+            raise UserError(f'row {row["id"]}: plain text asks nothing. Evaluate it with the task perplexity.')
         return dict(messages=row['messages'][:-1], answer=row['messages'][-1]['content'])
 
     @classmethod
@@ -735,7 +746,7 @@ def _in_order(f, found, rows, gold):
     raise UserError(f'{relative(f)}: {len(found)} predictions, but {gold} has {len(rows)} rows, '
                     f'and without ids they are taken in its order. {spare}.')
 
-# %% ../nbs/11_tasks.ipynb #9a4d2289
+# %% ../nbs/11_tasks.ipynb #66e8900d
 @patch(cls_method=True)
 def official(cls:Task, row, prediction):
     "The score as the dataset's own script has it"
@@ -751,7 +762,8 @@ def score_file(task_name,     # squad_v2, gsm8k, arc, ...
                gold):         # The dataset's official file
     "Score predictions made elsewhere, under the names and in the units of the official script"
     t = task[task_name]
-    if t.kind=='loglikelihood': raise UserError(f'{task_name}: nothing to predict in it. Measure a model on it with eval.')
+    if t.kind=='loglikelihood':
+        raise UserError(f'{task_name}: nothing to predict in it. Measure a model on it with eval.')
     gold_file = t.files(gold)[0]
     options = {**t.options, **({'numeric': False} if 'numeric' in t.options else {})}
     rows = t.rows('all', t.read(gold_file), **options)
@@ -760,7 +772,8 @@ def score_file(task_name,     # squad_v2, gsm8k, arc, ...
     texts = match(f, found, rows, relative(gold_file))
     none = getattr(t, 'none', None)
     if none and (n := sum(squad_normal(p)==none for p in texts)):
-        print(f'{relative(f)}: {n} predictions say "{none}"; the official script counts that as words. Write "" instead.',
+        print(f'{relative(f)}: {n} predictions say "{none}"; the official script counts that as words. '
+              'Write "" instead.',
               file=sys.stderr)
     return t.report([t.official(r, p) for r,p in zip(rows, texts)])
 
@@ -773,7 +786,7 @@ def report(cls:squad_v2, scores):
     names = [f'{p}{m}' for p in ('', 'HasAns_', 'NoAns_') for m in ('exact', 'f1', 'total')]
     return {k: v for k in names if (v := out.get(k, totals.get(k)))  is not None and (k in out or v)}
 
-# %% ../nbs/11_tasks.ipynb #62b0c697
+# %% ../nbs/11_tasks.ipynb #d42dfc10
 def _strings(o):
     "All text in a row but its id"
     if isinstance(o, str): yield o
@@ -783,7 +796,8 @@ def _strings(o):
 def _asked(row, t):
     if t: return normal(t.text(row))
     ms = row.get('messages') or row.get('prompt') or []
-    return normal(' '.join(m['content'] for m in ms if m['role']=='user') or row.get('question') or row.get('text', ''))
+    return normal(' '.join(m['content'] for m in ms if m['role']=='user')
+                  or row.get('question') or row.get('text', ''))
 
 def _grams(words, n): return (tuple(words[i:i+n]) for i in range(len(words)-n+1))
 
@@ -815,7 +829,7 @@ def with_and_without(t, rows, scores, flagged):
     clean = [s for r,s in zip(rows, scores) if r['id'] not in set(flagged)]
     return dict(all=t.aggregate(scores), clean=t.aggregate(clean) if clean else {}, flagged=len(scores)-len(clean))
 
-# %% ../nbs/11_tasks.ipynb #a9fd0e3f
+# %% ../nbs/11_tasks.ipynb #ddc03d81
 @dataclass
 class TrainingData:
     "Rows to train on, rows for the validation loss, and the evaluation items found among them, by task"
@@ -825,8 +839,10 @@ class TrainingData:
     objective:str = 'labels'          # What is learned from a row: its labels, or which of two answers is preferred
     bytes_per_token:float = 0.        # Of packed text, which makes its validation loss one in bits a byte; else 0
     def __repr__(self):
-        found = [f'{len(c["flagged"])} of {c["test"]} items of {t}' for t,c in self.contamination.items() if c['flagged']]
-        said = f'found among them: {", ".join(found) or "no item of the evaluation"}' if self.contamination else 'evaluation items were not looked for'
+        found = [f'{len(c["flagged"])} of {c["test"]} items of {t}'
+                 for t,c in self.contamination.items() if c['flagged']]
+        said = (f'found among them: {", ".join(found) or "no item of the evaluation"}' if self.contamination else
+                'evaluation items were not looked for')
         return f'{len(self.train)} training rows, {len(self.valid)} held out; {said}'
 
 def training_data(spec, valid=0.05):
@@ -840,7 +856,7 @@ def training_data(spec, valid=0.05):
     for e in map(t.example, rows): (out.valid if in_valid(e, valid) else out.train).append(e)
     return out
 
-# %% ../nbs/11_tasks.ipynb #80133a6b
+# %% ../nbs/11_tasks.ipynb #65d1cbd4
 def clean_metrics(items,           # DataFrame of evaluated items: task, item, metrics (JSON)
                   contamination):  # Of `TrainingData`
     "`task/contaminated` and `task/METRIC_clean` for each task with items among the training rows"
@@ -850,5 +866,6 @@ def clean_metrics(items,           # DataFrame of evaluated items: task, item, m
         mine = items[items['task']==name]; clean = mine[~mine['item'].isin(found['flagged'])]
         scores = task[name].aggregate([json.loads(m) for m in clean['metrics']]) if len(clean) else {}
         out[f'{name}/contaminated'] = dict(value=len(mine)-len(clean), unit='items', direction='min', n=len(mine))
-        out.update({f'{name}/{k}_clean': dict(value=scores[k], n=len(clean), **m) for k,m in task[name].metrics.items() if k in scores})
+        out.update({f'{name}/{k}_clean': dict(value=scores[k], n=len(clean), **m)
+                    for k,m in task[name].metrics.items() if k in scores})
     return out
