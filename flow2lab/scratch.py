@@ -8,20 +8,23 @@ Docs: https://flow2lab.github.io/flow2lab/scratch.html.md"""
 __all__ = ['LORA', 'SFT_LR', 'DPO_LR', 'sized', 'dial', 'pretrain_spec', 'size_class', 'parameters_of', 'sft_spec', 'dpo_spec',
            'base_of', 'train_in_processes', 'train_here']
 
-# %% ../nbs/77_scratch.ipynb #18879c30
+# %% ../nbs/77_scratch.ipynb #a04835da
 import json, os, subprocess, sys, tempfile
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import Spec, UserError, base_folder, check_names, output_path, project_path, relative, results_path, task, to_json
+from .core import (Spec, UserError, base_folder, check_names, output_path, project_path, relative,
+                           results_path, task, to_json)
 
-# %% ../nbs/77_scratch.ipynb #be900107
+# %% ../nbs/77_scratch.ipynb #8c04a3d7
 def sized(base, vocab=0):
     "A preset's model on the meta device, with `vocab` words"
     import torch
     from transformers import AutoModelForCausalLM
     from flow2lab.models import preset
     a = preset(base)
-    if not a: raise UserError(f'{base}: no preset, so it cannot start from nothing. Take e.g. transformer-tiny or transformer-d8.')
+    if not a:
+        raise UserError(f'{base}: no preset, so it cannot start from nothing. Take e.g. '
+                        'transformer-tiny or transformer-d8.')
     with torch.device('meta'): m = AutoModelForCausalLM.from_config(a[0](a[1], **(dict(vocab=vocab) if vocab else {})))
     m.tie_weights()
     return m
@@ -33,16 +36,22 @@ def dial(size='tiny',    # nano, tiny, small, base, d1 to d99, or a preset such 
          seq_len=0):     # Of the pack; 0 for the model's context
     "What a size asks for: base, parameters, tokens, learning rate, batch and the operations of it all"
     from flow2lab.models import active_params, count_params, flops_per_token
-    if ratio<=0 or tokens<0: raise UserError(f'a budget of ratio={ratio:g}, tokens={tokens} trains nothing. Give a ratio or a number of tokens above 0.')
+    if ratio<=0 or tokens<0:
+        raise UserError(f'a budget of ratio={ratio:g}, tokens={tokens} trains nothing. '
+                        'Give a ratio or a number of tokens above 0.')
     base = size if '-' in size else f'transformer-{size}'; m = sized(base, vocab); c = m.config
     n, active = count_params(m).total, active_params(m); tokens = int(tokens or ratio*active)
     batch = min(max(1024, 2**round(tokens/5000).bit_length()//2), 2**19)
     context = seq_len or getattr(c, 'max_position_embeddings', 2048)
-    return AttrDict(base=base, parameters=n, active=active, layers=c.num_hidden_layers, width=c.hidden_size, heads=getattr(c, 'num_attention_heads', 0), tokens=tokens,
-                    tokens_per_parameter=tokens/active, lr=float(f'{.003*192/c.hidden_size:.2g}'), batch_tokens=batch, steps=-(-tokens//batch),
+    return AttrDict(base=base, parameters=n, active=active,
+                    layers=c.num_hidden_layers, width=c.hidden_size,
+                    heads=getattr(c, 'num_attention_heads', 0), tokens=tokens,
+                    tokens_per_parameter=tokens/active, lr=float(f'{.003*192/c.hidden_size:.2g}'),
+                    batch_tokens=batch,
+                    steps=-(-tokens//batch),
                     flops=3*flops_per_token(c, context).total*tokens)
 
-# %% ../nbs/77_scratch.ipynb #67ad9644
+# %% ../nbs/77_scratch.ipynb #1f5dfee5
 def _kept(path):
     "`path` as a Spec keeps it; several may be joined by commas"
     one = lambda p: relative(p) if os.path.isabs(p) and Path(p).resolve().is_relative_to(project_path()) else p
@@ -60,11 +69,18 @@ def pretrain_spec(pack,               # Folder that `pack_corpus` made
     from flow2lab.tokenize import load_pack
     tok = load_tokenizer(tokenizer); p = load_pack(pack, tok)
     d = dial(size, ratio, tokens, len(tok), p.seq_len)
-    t = dict(loss_on='all', tokens=d.tokens, lr=d.lr, batch_tokens=d.batch_tokens, seq_len=p.seq_len, schedule=schedule, warmup=.02, weight_decay=.1,
+    t = dict(loss_on='all', tokens=d.tokens, lr=d.lr, batch_tokens=d.batch_tokens,
+             seq_len=p.seq_len,
+             schedule=schedule, warmup=.02,
+             weight_decay=.1,
              save_every=max(1, min(1000, d.steps//4)), eval_every=max(1, d.steps//20))
-    return Spec(base=d.base, task='text', task_args=dict(path=_kept(pack), tokenizer=_kept(tokenizer)), train={**t, **train}, eval=eval, seed=seed)
+    return Spec(base=d.base, task='text', task_args=dict(path=_kept(pack), tokenizer=_kept(tokenizer)),
+                train={**t, **train},
+                eval=eval, seed=seed)
 
-LORA = dict(nano=dict(r=8, alpha=16), tiny=dict(r=16, alpha=32), small=dict(r=32, alpha=64), base=dict(r=64, alpha=128))     # By the size of the base
+# By the size of the base
+LORA = dict(nano=dict(r=8, alpha=16), tiny=dict(r=16, alpha=32),
+            small=dict(r=32, alpha=64), base=dict(r=64, alpha=128))
 
 def size_class(parameters):
     "nano, tiny, small or base: whose presets a model of so many parameters takes"
@@ -74,17 +90,21 @@ def parameters_of(base):
     "Parameters of what a Spec may start from"
     from flow2lab.models import base_folder, count_params, load_tokenizer, meta_model
     if isinstance(base, Spec):
-        if not isinstance(base.base, Spec) and base.task=='text': return count_params(sized(base.base, len(load_tokenizer(base.task_args['tokenizer'])))).total
+        if not isinstance(base.base, Spec) and base.task=='text':
+            return count_params(sized(base.base, len(load_tokenizer(base.task_args['tokenizer'])))).total
         return parameters_of(base.base)
     return count_params(meta_model(base)).total
 
-SFT_LR = dict(full=dict(nano=1e-3, tiny=3e-4, small=5e-5, base=2e-5), lora=dict(nano=5e-3, tiny=1e-3, small=5e-4, base=2e-4))
-DPO_LR = dict(full=dict(nano=1e-4, tiny=2e-5, small=2e-6, base=5e-7), lora=dict(nano=1e-3, tiny=2e-4, small=5e-5, base=2e-5))
+SFT_LR = dict(full=dict(nano=1e-3, tiny=3e-4, small=5e-5, base=2e-5),
+              lora=dict(nano=5e-3, tiny=1e-3, small=5e-4, base=2e-4))
+DPO_LR = dict(full=dict(nano=1e-4, tiny=2e-5, small=2e-6, base=5e-7),
+              lora=dict(nano=1e-3, tiny=2e-4, small=5e-5, base=2e-5))
 
 def _tuned(base, data, name, method, rates, train, eval, seed, task_args):
     s = size_class(parameters_of(base)); kind = 'full' if method=='full' else 'lora'
     args = dict(LORA[s]) if method in ('lora', 'rslora', 'dora', 'pissa') else {}
-    return Spec(base=base, task=name, task_args={**({'path': _kept(data)} if data else {}), **task_args}, method=method, method_args=args,
+    return Spec(base=base, task=name, task_args={**({'path': _kept(data)} if data else {}), **task_args},
+                method=method, method_args=args,
                 train={**dict(lr=rates[kind][s], seq_len=512, warmup=.05), **train}, eval=eval, seed=seed)
 
 def sft_spec(base,              # A Spec, or a model by name
@@ -94,33 +114,48 @@ def sft_spec(base,              # A Spec, or a model by name
              template='',       # chatml or alpaca; empty for the tokenizer's own
              eval={}, seed=0, task_args={}, **train):
     "The Spec that fine-tunes `base` on instructions"
-    return _tuned(base, data, task, method, SFT_LR, train, eval, seed, {**({'template': template} if template else {}), **task_args})
+    return _tuned(base, data, task, method, SFT_LR, train, eval, seed,
+                  {**({'template': template} if template else {}), **task_args})
 
-def dpo_spec(base, data='', task='preference', method='lora', beta=.1, loss='sigmoid', eval={}, seed=0, task_args={}, **train):
+def dpo_spec(base, data='', task='preference', method='lora', beta=.1, loss='sigmoid', eval={},
+             seed=0, task_args={}, **train):
     "The Spec that teaches `base` which of two answers is preferred"
-    return _tuned(base, data, task, method, DPO_LR, train, eval, seed, {**dict(beta=beta), **({'loss': loss} if loss!='sigmoid' else {}), **task_args})
+    return _tuned(base, data, task, method, DPO_LR, train, eval, seed,
+                  {**dict(beta=beta), **({'loss': loss} if loss!='sigmoid' else {}), **task_args})
 
-# %% ../nbs/77_scratch.ipynb #11ff4d78
+# %% ../nbs/77_scratch.ipynb #b9c20af8
 def base_of(name):
-    "The Spec of a run (its folder, its name or the beginning of its id), else `name` as it is, for a model by name or folder"
+    "The Spec of a run (its folder, its name or the beginning of its id), else `name` as it is, " \
+    "for a model by name or folder"
     p = Path(str(name)).expanduser()
     if (p/'spec.json').exists(): return _read_spec(p/'spec.json')
     if base_folder(name) or p.exists(): return str(name)
     there = sorted(results_path().glob('*/*--*/spec.json')) if results_path().exists() else []
-    found = {f.parent.name: f for f in there if str(name)==f.parent.name.rpartition('--')[0] or len(str(name))>5 and f.parent.name.rpartition('--')[2].startswith(str(name))}
-    if len(found)>1: raise UserError(f'{name}: {len(found)} runs could be meant: {", ".join(found)}. Give more of the id.')
+    found = {f.parent.name: f for f in there
+             if str(name)==f.parent.name.rpartition('--')[0]
+             or len(str(name))>5 and f.parent.name.rpartition('--')[2].startswith(str(name))}
+    if len(found)>1:
+        raise UserError(f'{name}: {len(found)} runs could be meant: {", ".join(found)}. Give more of the id.')
     return _read_spec(next(iter(found.values()))) if found else str(name)
 
-def _read_spec(f): return Spec.from_dict({k: v for k,v in json.loads(f.read_text()).items() if k in Spec.__dataclass_fields__})     # a record's has the id beside
+# a record's has the id beside
+def _read_spec(f):
+    return Spec.from_dict({k: v for k,v in json.loads(f.read_text()).items() if k in Spec.__dataclass_fields__})
 
-# %% ../nbs/77_scratch.ipynb #d61d2cf3
+# %% ../nbs/77_scratch.ipynb #937342f2
 def train_in_processes(spec, processes, extra=()):
-    "Train `spec` (and, one by one, the Specs it starts from) by `processes` processes of torchrun, up to the checkpoint of the last step"
+    "Train `spec` (and, one by one, the Specs it starts from) by `processes` processes of torchrun, " \
+    "up to the checkpoint of the last step"
     with tempfile.TemporaryDirectory() as d:
         f = Path(d)/'spec.json'; f.write_text(to_json(spec))
-        cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), *extra, '-m', 'flow2lab.scratch', str(f)]
-        r = subprocess.run(cmd, cwd=project_path(), stdout=sys.stderr.fileno() if hasattr(sys.stderr, 'fileno') else None)
-    if r.returncode: raise UserError(f'{spec.name}: torchrun ended with code {r.returncode}; what it said stands above. The same command goes on from the last checkpoint.')
+        cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+               '--nproc-per-node', str(processes), *extra,
+               '-m', 'flow2lab.scratch', str(f)]
+        r = subprocess.run(cmd, cwd=project_path(),
+                           stdout=sys.stderr.fileno() if hasattr(sys.stderr, 'fileno') else None)
+    if r.returncode:
+        raise UserError(f'{spec.name}: torchrun ended with code {r.returncode}; what it said stands above. '
+                        'The same command goes on from the last checkpoint.')
 
 def train_here(spec):
     "This process's share of the training of `spec`"
