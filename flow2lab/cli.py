@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.script import anno_parser
 from .core import Axis, Spec, UserError, nearest, project_path, relative, results_path, setting, to_json
 
-# %% ../nbs/90_cli.ipynb #4a412db3
+# %% ../nbs/90_cli.ipynb #864dfd3c
 def parse_value(s):
     "JSON if it is JSON, else the text itself"
     try: return json.loads(s)
@@ -49,7 +49,8 @@ def parse_fields(pairs):
 def parse_spec(pairs): "A Spec from `key=value` words"; return Spec.from_dict(parse_fields(pairs))
 
 def check_spec(s):
-    "Refuse now, in seconds, what a run would refuse after loading: wrong names, combinations that cannot work, a base that is not there"
+    "Refuse now, in seconds, what a run would refuse after loading: wrong names, combinations that cannot work, " \
+    "a base that is not there"
     from flow2lab.models import locate, preset
     from flow2lab.quantize import check_combination
     s.validate(); check_combination(s)
@@ -57,7 +58,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #24089f10
+# %% ../nbs/90_cli.ipynb #ed4ccc6a
 command = Axis('command')
 
 @command
@@ -96,7 +97,8 @@ def compare(*paths:str,          # Folders of runs, studies, or result files of 
     from flow2lab.records import load_any
     from flow2lab.stats import compare
     if not paths: raise UserError('compare: name at least one folder, study or result file.')
-    return compare(load_any([*paths], format=format, metric=metric or None, n=n or None), metric=metric or None, baseline=baseline or None)
+    return compare(load_any([*paths], format=format, metric=metric or None, n=n or None), metric=metric or None,
+                   baseline=baseline or None)
 
 @command
 def score(task:str,              # squad_v2, gsm8k, arc, ...
@@ -117,7 +119,8 @@ def eval(model:str,              # Shipped name, folder (full, quantized, adapte
     "Evaluate a model without training"
     from flow2lab.evaluate import evaluate, load_backend
     from flow2lab.quantize import model_folder
-    spec = Spec(base=str(model_folder(model) or model), backend=backend, eval={t: dict(n=limit, **(dict(path=data) if data else {})) for t in tasks.split(',') if t})
+    spec = Spec(base=str(model_folder(model) or model), backend=backend,
+                eval={t: dict(n=limit, **(dict(path=data) if data else {})) for t in tasks.split(',') if t})
     check_spec(spec)
     e = evaluate(load_backend(model, backend), eval=spec.eval)
     return Result(dict(model=model, metrics=e.metrics), str(e))
@@ -131,7 +134,9 @@ def bench(model:str,             # Shipped name, folder, GGUF file or hub id
     from flow2lab.bench import bench
     check_spec(Spec(base=model))
     m = bench(model, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
-    return Result(dict(model=model, metrics=m), '\n'.join(f'{k:28} {v["value"]:>16,.6g} {v["unit"]}' for k,v in m.items()))
+    return Result(dict(model=model, metrics=m),
+                  '\n'.join(f'{k:28} {v["value"]:>16,.6g} {v["unit"]}'
+                            for k,v in m.items()))
 
 @command
 def chat(model:str,              # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
@@ -161,7 +166,9 @@ def serve(model:str,             # Shipped name, folder (full, quantized, adapte
           dtype:str='auto'):     # fp32, bf16 or auto
     "Serve a model: OpenAI's HTTP interface and a chat page"
     from flow2lab.serve import serve
-    serve(model, host, port, rows, queue, time_limit, max_tokens, allow_host, allow_origin, backend, dtype, ready=lambda s: print(s, flush=True))
+    serve(model, host, port, rows, queue, time_limit, max_tokens,
+          allow_host, allow_origin, backend, dtype,
+          ready=lambda s: print(s, flush=True))
     return Result({}, 'Stopped.')
 
 @command
@@ -172,8 +179,10 @@ def merge(adapter:str,           # Folder of an adapter, or of the run that trai
     "Merge an adapter into its base, checked by logits"
     from flow2lab.quantize import merge_adapter
     r = merge_adapter(adapter, base_dtype, out, base)
-    text = [f'{r["dtype"]} in {relative(r["folder"])}', f'relative error of the merge {r["error"]:.1e}, {r["allowed"]:.0e} allowed']
-    return Result(r, '\n'.join(text + ([f'relative change by quantizing again {r["requantized"]:.1e}'] if 'requantized' in r else [])))
+    text = [f'{r["dtype"]} in {relative(r["folder"])}',
+            f'relative error of the merge {r["error"]:.1e}, {r["allowed"]:.0e} allowed']
+    return Result(r, '\n'.join(text + ([f'relative change by quantizing again {r["requantized"]:.1e}']
+                                       if 'requantized' in r else [])))
 
 @command(pos=['file'])
 def data(action:str,             # check, convert or inventory
@@ -183,17 +192,19 @@ def data(action:str,             # check, convert or inventory
     "Check or convert a file of training rows, or list what the data folder holds"
     from flow2lab import formats
     if action=='inventory': r = formats.inventory(); return Result(r, inventory_text(r))
-    if action not in ('check', 'convert'): raise UserError(f'unknown action "{action}". {nearest(action, ["check", "convert", "inventory"])}')
+    if action not in ('check', 'convert'):
+        raise UserError(f'unknown action "{action}". {nearest(action, ["check", "convert", "inventory"])}')
     if not file: raise UserError(f'data {action}: name the file.')
     if action=='check':
         r = formats.check(file)
         if r.message and not skip_bad: print(str(r).rsplit("\n", 1)[0], file=sys.stderr); raise UserError(r.message)
         return r
     if not out: raise UserError('data convert: name the file to write with --out.')
-    n = formats.convert(file, out, skip_bad=skip_bad); return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
+    n = formats.convert(file, out, skip_bad=skip_bad)
+    return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
 
 @command(pos=['axis'])
-def list(axis:str=''):           # task, arch, method, quantizer, backend, source, rule, shape or command; all if not given
+def list(axis:str=''):  # task, arch, method, quantizer, backend, source, rule, shape or command; all if not given
     "What there is to choose from"
     import flow2lab.corpus                     # its axes: source, rule
     axes = [axis] if axis else [a for a in Axis.all if a!='command']
@@ -202,7 +213,9 @@ def list(axis:str=''):           # task, arch, method, quantizer, backend, sourc
     return Result(r, '\n'.join(f'{a}\n' + '\n'.join(f'  {n:16} {doc}' for n,doc in ns.items()) for a,ns in r.items()))
 
 @command
-def estimate(*spec:str):         # Fields as key=value, e.g. base=Qwen/Qwen3-8B method=lora; also base=Mixtral-8x7B and the like
+def estimate(
+    # Fields as key=value, e.g. base=Qwen/Qwen3-8B method=lora; also base=Mixtral-8x7B and the like
+    *spec:str):
     "Parameters and memory of a Spec, before anything is loaded; of published models without their weights"
     from flow2lab.methods import estimate_spec
     from flow2lab.models import published
@@ -210,7 +223,9 @@ def estimate(*spec:str):         # Fields as key=value, e.g. base=Qwen/Qwen3-8B 
     if s.base in published: s.validate()
     else: check_spec(s)
     r = estimate_spec(s)
-    return Result(r, '\n'.join(f'{k:16} {v:>18,}' + (f'  ({v/2**30:.2f} GiB)' if k not in ('parameters', 'trainable') else '') for k,v in r.items()))
+    return Result(r, '\n'.join(
+        f'{k:16} {v:>18,}' + (f'  ({v/2**30:.2f} GiB)' if k not in ('parameters', 'trainable') else '')
+        for k,v in r.items()))
 
 @command
 def corpus(*what:str,            # prepare SOURCES..., stats CORPUS, or dedup FILE
@@ -218,12 +233,14 @@ def corpus(*what:str,            # prepare SOURCES..., stats CORPUS, or dedup FI
            rules:str='',         # prepare: names of cleaning rules, comma separated; all if not given
            language:str='en',    # prepare: language to keep, any for all
            near:float=.8,        # Similarity from which documents are near-duplicates, 0 to look for exact copies only
-           against:str='',       # prepare: tasks or files whose items must not be in it, comma separated; task=path names its file
+           # prepare: tasks or files whose items must not be in it, comma separated; task=path names its file
+           against:str='',
            limit:int=0,          # prepare: documents of each file or stream, 0 for all
            shard_mb:float=64,    # prepare: million characters in a shard
            workers:int=0,        # Processes, 0 for one a core
            skip_bad:bool=False): # Leave out rows that cannot be read
-    "Clean, deduplicate, mix and shard text (a source is a file, a folder, a declared name, or any with =weight); look for duplicates"
+    "Clean, deduplicate, mix and shard text (a source is a file, a folder, a declared name, or any with =weight); " \
+    "look for duplicates"
     from flow2lab import corpus as c
     action, names = action_of(what, ['prepare', 'stats', 'dedup'])
     if not names: raise UserError(f'corpus {action}: name {"a source" if action=="prepare" else "a corpus or file"}.')
@@ -231,8 +248,11 @@ def corpus(*what:str,            # prepare SOURCES..., stats CORPUS, or dedup FI
     if action=='stats': return c.corpus_stats(names[0])
     if action=='dedup': return c.dedup(names[0], near=near, out=out, skip_bad=skip_bad, workers=workers)
     if not out: raise UserError('corpus prepare: name the folder to write with --out.')
-    return c.prepare(weighted(names), out, rules=rules.split(',') if rules else None, language='' if language=='any' else language, near=near,
-                     against=[a for a in against.split(',') if a], limit=limit, shard_mb=shard_mb, skip_bad=skip_bad, workers=workers)
+    return c.prepare(weighted(names), out, rules=rules.split(',') if rules else None,
+                     language='' if language=='any' else language,
+                     near=near,
+                     against=[a for a in against.split(',') if a], limit=limit,
+                     shard_mb=shard_mb, skip_bad=skip_bad, workers=workers)
 
 @command
 def tokenizer(*what:str,               # train CORPUS..., or check TOKENIZER [TEXTS...]
@@ -251,7 +271,8 @@ def tokenizer(*what:str,               # train CORPUS..., or check TOKENIZER [TE
         if not r['ok']: print(r, file=sys.stderr); raise UserError(f'{names[0]}: {r["failed"][0]}.')
         return r
     if not out: raise UserError('tokenizer train: name the folder to write with --out.')
-    return t.tokenizer_report(t.make_tokenizer(weighted(names), out, vocab=vocab, kind=kind, context=context, sample_mb=sample_mb), out)
+    return t.tokenizer_report(t.make_tokenizer(weighted(names), out, vocab=vocab, kind=kind,
+                                               context=context, sample_mb=sample_mb), out)
 
 @command
 def pack(corpus:str,               # Prepared corpus, or a file of documents
@@ -285,7 +306,8 @@ def pretrain(*changes:str,         # Fields of the Spec as key=value, e.g. train
     for k,v in dict(pack=pack, tokenizer=tokenizer).items():
         if not v: raise UserError(f'pretrain: --{k} is missing.')
     eval = dict(samples=0, **(dict(perplexity=dict(path=held)) if held else {}))
-    return trained_together(pretrain_spec(pack, tokenizer, size, ratio, tokens, schedule, eval, seed), changes, processes, study, force)
+    return trained_together(pretrain_spec(pack, tokenizer, size, ratio, tokens, schedule, eval, seed),
+                            changes, processes, study, force)
 
 @command
 def sft(*changes:str,              # Fields of the Spec as key=value, e.g. method=lora train.epochs=2
@@ -302,7 +324,8 @@ def sft(*changes:str,              # Fields of the Spec as key=value, e.g. metho
     "Fine-tune a model on instructions, packed, on its answers alone"
     from flow2lab.scratch import base_of, sft_spec
     if not base: raise UserError('sft: --base is missing. Name a run, a folder or a model.')
-    return trained_together(sft_spec(base_of(base), data, task, method, template, held_items(task, data, items), seed), changes, processes, study, force)
+    return trained_together(sft_spec(base_of(base), data, task, method, template, held_items(task, data, items), seed),
+                            changes, processes, study, force)
 
 @command
 def dpo(*changes:str,              # Fields of the Spec as key=value, e.g. train.epochs=2
@@ -322,7 +345,9 @@ def dpo(*changes:str,              # Fields of the Spec as key=value, e.g. train
     from flow2lab.scratch import base_of, dpo_spec
     if not base: raise UserError('dpo: --base is missing. Name a run, a folder or a model.')
     check_loss(beta, loss)
-    return trained_together(dpo_spec(base_of(base), data, task, method, beta, loss, held_items(task, data, items), seed), changes, processes, study, force)
+    return trained_together(
+        dpo_spec(base_of(base), data, task, method, beta, loss, held_items(task, data, items), seed),
+        changes, processes, study, force)
 
 def check_rows(s):
     "Look at the template and read the rows of a file now: a mistake in the last one should not cost a run"
@@ -330,7 +355,8 @@ def check_rows(s):
     from flow2lab.stages import TEMPLATES
     a = s.task_args
     check_names('template', filter(None, [a.get('template')]), TEMPLATES)
-    if a.get('path') and not a.get('stream') and not hasattr(task[s.task], 'tokenizer'): task[s.task].load(**{'split': 'train', **a})
+    if a.get('path') and not a.get('stream') and not hasattr(task[s.task], 'tokenizer'):
+        task[s.task].load(**{'split': 'train', **a})
     return s
 
 def held_items(task, data, items): return {task: dict(n=items, **(dict(path=data) if data else {}))} if items else {}
@@ -367,16 +393,20 @@ def weighted(names):
     try: return {n: None if w is None else float(w) for n,w in pairs}
     except ValueError: raise UserError(f'{" ".join(names)}: a weight is a number, e.g. wikipedia_en=3.') from None
 
-# %% ../nbs/90_cli.ipynb #935509b8
+# %% ../nbs/90_cli.ipynb #b05d3a9f
 def inventory_text(r):
     "What `data inventory` says to a person"
     from flow2lab.formats import human_bytes
-    lines = [f'{r["datasets"]["count"]} data sets, {r["datasets"]["rows"]} rows, {human_bytes(r["datasets"]["bytes"])}',
-             f'{r["results"]["runs"]} runs in {len(r["results"]["studies"])} studies, {human_bytes(r["results"]["bytes"])}',
-             f'{len(r["adapters"])} adapters', *(f'  {a["name"]:40} {a.get("method") or "":10} {human_bytes(a["bytes"])}' for a in r['adapters'])]
+    lines = [f'{r["datasets"]["count"]} data sets, {r["datasets"]["rows"]} rows, '
+             f'{human_bytes(r["datasets"]["bytes"])}',
+             f'{r["results"]["runs"]} runs in {len(r["results"]["studies"])} studies, '
+             f'{human_bytes(r["results"]["bytes"])}',
+             f'{len(r["adapters"])} adapters',
+             *(f'  {a["name"]:40} {a.get("method") or "":10} {human_bytes(a["bytes"])}'
+               for a in r['adapters'])]
     return '\n'.join(lines + [f'over the size guideline: {o}' for o in r['over']])
 
-# %% ../nbs/90_cli.ipynb #3e2d0553
+# %% ../nbs/90_cli.ipynb #df32c377
 class Result:
     "A value with two faces: `to_dict` for programs, `str` for people"
     def __init__(self, d, text): self.d, self.text = d, text
@@ -394,8 +424,10 @@ def stdout_to_stderr():
 
 def overview():
     "The text of `flow2lab --help`"
-    return '\n'.join(['flow2lab: which way of building, tuning and quantizing gives the best quality for your memory and time?', '',
-        *[f'  {n:10} {command.doc(n)}' for n in command], '', 'flow2lab COMMAND --help explains one. Each takes --json: one JSON object on stdout, the rest on stderr.'])
+    return '\n'.join([
+        'flow2lab: which way of building, tuning and quantizing gives the best quality for your memory and time?', '',
+        *[f'  {n:10} {command.doc(n)}' for n in command], '',
+        'flow2lab COMMAND --help explains one. Each takes --json: one JSON object on stdout, the rest on stderr.'])
 
 def main(argv=None):
     "The command line: exit code 0, 2 for a user's mistake, 1 for a failure of ours"
@@ -414,5 +446,7 @@ def main(argv=None):
             r = f(*(many[0] if many else ()), **kw)
             print(to_json(r) if as_json else r, file=out)
     except UserError as e: print(f'flow2lab {argv[0]}: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('\nStopped. What was recorded is kept; the same command goes on from there.', file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print('\nStopped. What was recorded is kept; the same command goes on from there.', file=sys.stderr)
+        return 130
     return 0

@@ -7,10 +7,11 @@ Docs: https://flow2lab.github.io/flow2lab/records.html.md"""
 # %% auto #0
 __all__ = ['STATUS', 'ITEMS', 'FORMATS', 'metric', 'run_folder', 'save', 'read_run', 'run_status', 'is_ok', 'metric_names',
            'run_folders', 'find_records', 'load_records', 'training_cost', 'load_items', 'item_rows', 'load_steps',
-           'summary', 'load_any', 'is_cost', 'quality_metrics', 'find_metric', 'save_benchmark']
+           'summary', 'load_any', 'is_cost', 'quality_metrics', 'find_metric', 'better', 'in_turn', 'save_benchmark',
+           'benchmark_line']
 
-# %% ../nbs/60_records.ipynb #c0427931
-import errno, json, math, os, re, shutil, warnings
+# %% ../nbs/60_records.ipynb #ec7a5391
+import errno, json, math, os, re, shutil, statistics, warnings
 from functools import lru_cache
 import numpy as np, pandas as pd
 from pathlib import Path
@@ -546,14 +547,28 @@ def _shared_data(name):
     p = project_path('..', 'shared', 'data', name)
     return p if p.exists() else None
 
-# %% ../nbs/60_records.ipynb #43230e14
+# %% ../nbs/60_records.ipynb #479e94b6
+def better(ours, peer, higher): return ours/peer if higher else peer/ours
+
+def in_turn(ours,             # Our figure of each round
+            peer,             # The peer's
+            unit='s', higher=False, **more):
+    "A row for `save_benchmark` from rounds measured in turn: medians, and `spread`, the extreme ratios of a round"
+    ratios = [better(a, b, higher) for a,b in zip(ours, peer)]
+    return dict(more, ours=statistics.median(ours), peer=statistics.median(peer), unit=unit, higher=higher,
+                rounds=len(ours), spread=[_digits(f(ratios), 3) for f in (min, max)])
+
+def _digits(x, n): return float(f'{x:.{n}g}')
+
 def save_benchmark(name,    # Of the notebook that measured
-                   rows):   # Dicts with work, ours, peer (or None) and unit; higher=True where more is better
-    "Write `benchmarks/<name>.json` of the reference records; the ratio says how many times better ours is"
+                   rows):   # Dicts with work, ours, peer, peer_name and unit; higher=True where more is better
+    "Write `benchmarks/<name>.json` of the results; the ratio says how many times better ours is"
     hw, vs = hardware(), versions()
-    def row(work, ours, peer=None, unit='s', higher=False, **more):
-        ratio = None if not peer or not ours else ours/peer if higher else peer/ours
-        return dict(more, work=work, ours=ours, peer=peer, unit=unit, ratio=None if ratio is None
-                    else float(f'{ratio:.3g}'), hardware=hw, versions=vs)
-    return atomic_write(project_path(setting('reference'), 'benchmarks', f'{name}.json'),
-                        to_json([row(**r) for r in rows], 1)+'\n')
+    def row(work, ours, peer, peer_name, unit='s', higher=False, **more):
+        return dict(more, work=work, ours=_digits(ours, 5), peer=_digits(peer, 5), peer_name=peer_name, unit=unit,
+                    ratio=_digits(better(ours, peer, higher), 3), hardware=hw, versions=vs)
+    return atomic_write(results_path('benchmarks', f'{name}.json'), to_json([row(**r) for r in rows], 1)+'\n')
+
+def benchmark_line(r):
+    "A row of a benchmark's file in one line"
+    return f'{r["ratio"]:7.2f} x  {r["work"]}: {r["ours"]:,g} against {r["peer"]:,g} {r["unit"]} ({r["peer_name"]})'

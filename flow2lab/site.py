@@ -36,7 +36,7 @@ def add_tags(cell):
     if cell.cell_type!='code': return
     if (new := tags_of(cell.directives_)): cell.metadata['tags'] = sorted({*cell.metadata.get('tags', []), *new})
 
-# %% ../nbs/91_site.ipynb #831a28d5
+# %% ../nbs/91_site.ipynb #e64bd182
 _code = re.compile(r'(^ {0,3}(?P<f>```+|~~~+).*?^ {0,3}(?P=f)[`~]*[ \t]*$)', re.S|re.M)
 
 def outside_code(md, f):
@@ -47,7 +47,8 @@ def outside_code(md, f):
         at = m.end()
     return ''.join([*parts, f(md[at:])])
 
-_callout = re.compile(r'^(:{3,}) *\{ *\.callout-(note|tip|warning|important|caution)(?: +title="([^"]*)")?[^}]*\} *$', re.M)
+_callout = re.compile(r'^(:{3,}) *\{ *\.callout-(note|tip|warning|important|caution)'
+                      r'(?: +title="([^"]*)")?[^}]*\} *$', re.M)
 
 def callouts(md):
     "Quarto's callout boxes as MyST admonitions"
@@ -76,7 +77,7 @@ def cut(src):
     pieces = [(cuts[a], ''.join(lines[a:b]).strip('\n')) for a,b in zip(starts, [*starts[1:], None])]
     return [p for p in pieces if p[1].strip()]
 
-# %% ../nbs/91_site.ipynb #1dd73ef4
+# %% ../nbs/91_site.ipynb #be8f8d4a
 _exp = re.compile(r'^\s*#\|\s*default_exp\s+(\S+)', re.M)
 
 def module_of(nb):
@@ -103,16 +104,18 @@ class definitions(Processor):
             have[n] = at
         return ''.join(f'({have[n]})=\n' for n in new) + '### ' + ', '.join(names)
     def piece(self, cell, names, code):
-        fold = code.count('\n')>=_glance or all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body)
+        fold = (code.count('\n')>=_glance or
+                all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body))
         if fold and 'exports' not in cell.directives_: code = '#| code-fold: true\n' + code
         body = mk_cell(code)
         body.directives_ = body.directives
         return [mk_cell(self.heading(names), 'markdown'), body] if names else [body]
     def signature(self, name):
         ns = vars(import_module('flow2lab.'+self.nb.module_)) if self.nb.module_ else {}
-        return [mk_cell(f'{self.heading([name])}\n\n{MarkdownRenderer(eval(name, ns), name=name)._repr_markdown_()}', 'markdown')]
+        return [mk_cell(f'{self.heading([name])}\n\n'
+                        f'{MarkdownRenderer(eval(name, ns), name=name)._repr_markdown_()}', 'markdown')]
 
-# %% ../nbs/91_site.ipynb #e3ca2711
+# %% ../nbs/91_site.ipynb #1de1fa98
 def head(md):
     "Title and reason of a page: the first `# title` and the first `> why`"
     find = lambda p: m[1].strip() if (m := re.search(p, md, re.M)) else ''
@@ -122,7 +125,8 @@ class _undirected(Processor):
     "Drop directive lines, hidden cells and cells with nothing in them"
     def begin(self):
         for c in self.nb.cells: c.remove_directives()
-        self.nb.cells = [c for c in self.nb.cells if c.source.strip() and 'remove-cell' not in c.metadata.get('tags', [])]
+        self.nb.cells = [c for c in self.nb.cells
+                         if c.source.strip() and 'remove-cell' not in c.metadata.get('tags', [])]
 
 _procs = [definitions, strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, add_tags, _undirected]
 
@@ -139,7 +143,7 @@ def load_page(path):
     "`process_nb` of the notebook at `path`"
     return process_nb(read_nb(path))
 
-# %% ../nbs/91_site.ipynb #e98e2a22
+# %% ../nbs/91_site.ipynb #03886e97
 _link = re.compile(r'(\]\(|\bsrc=")([^)\s"#]*)([^)\s"]*)')
 
 def relink(md,
@@ -158,7 +162,8 @@ def resolve(page,   # The page with the link, as seen from the project root
     found = [os.path.normpath(os.path.join(h, link)) for h in [os.path.dirname(page), *homes]]
     for p in found:
         if not p.startswith('..') and project_path(p).exists(): return p
-    raise UserError(f'{page}: the link to {link} leads nowhere ({found[0]} does not exist). Correct it, or make the file.')
+    raise UserError(f'{page}: the link to {link} leads nowhere ({found[0]} does not exist). '
+                    'Correct it, or make the file.')
 
 # %% ../nbs/91_site.ipynb #e6276c22
 _note = '<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n'
@@ -192,7 +197,7 @@ def readme(write=True):
     if write: atomic_write(project_path('README.md'), md)
     return md
 
-# %% ../nbs/91_site.ipynb #d6d94212
+# %% ../nbs/91_site.ipynb #9d125754
 SECTIONS = dict(
     library=('Library', 'In order of dependency. Each notebook is the source, the manual and the test of its module.',
              ['nbs/[0-9]*.ipynb', 'nbs/run.ipynb']),
@@ -209,20 +214,24 @@ SECTIONS = dict(
 def find_pages():
     "{section: paths from the project root}, in the order of the sections; empty sections left out"
     root = project_path()
-    found = {s: sorted({str(p.relative_to(root)) for g in globs for p in root.glob(g) if '.ipynb_checkpoints' not in p.parts
+    found = {s: sorted({str(p.relative_to(root)) for g in globs for p in root.glob(g)
+                        if '.ipynb_checkpoints' not in p.parts
                         and not str(p.relative_to(root)).startswith(('data/results', 'data/outputs'))})
              for s,(_,_,globs) in SECTIONS.items()}
     return {s: ps for s,ps in found.items() if ps}
 
+def _is_record(path): return path.startswith('data/reference/') and path.endswith('.ipynb')
+
 def _label(path, title):
-    "What a page is called in lists: runs go by their folder, for all of them come from one template"
+    "What a page is called in lists. Records go by their folder, for all of them come from a few templates"
     p = Path(path)
-    return p.parent.name if p.stem=='notebook' else p.stem if p.parts[0]=='data' and p.suffix=='.ipynb' else title or p.stem
+    if not _is_record(path): return title or p.stem
+    return p.parent.name if p.stem=='notebook' or p.parent.name.startswith(p.stem) else p.stem
 
 def _study(path):
     "The study that a record's notebook belongs to, where its label does not say so"
-    parts = Path(path).parts
-    return f'{parts[2]}: ' if parts[:2]==('data', 'reference') and path.endswith('.ipynb') and len(parts)>3 else ''
+    study = path.split('/')[2] if _is_record(path) else ''
+    return f'{study}: ' if study and study!=_label(path, '') else ''
 
 def section_page(section, pages):
     "The markdown of a section: a table of `pages` ({path: (title, why)}) and the navigation that goes with it"
@@ -233,10 +242,12 @@ def section_page(section, pages):
     return '\n'.join([f'# {title}', '', why, '', '| page | what it is about |', '|---|---|', *rows, '',
                       '```{toctree}', ':hidden:', '', *toc, '```', ''])
 
-# %% ../nbs/91_site.ipynb #27aafa92
+# %% ../nbs/91_site.ipynb #92809f4d
 def axes_page(anchors):   # {module.name: anchor}
     "The markdown that lists every entry of every axis, linked to its definition"
-    out = ['# Axes', '', 'What is found by name. One decorated function adds one entry; `flow2lab list` prints the same.', '']
+    out = ['# Axes', '', 'What is found by name. '
+                         'One decorated function adds one entry; `flow2lab list` prints the same.',
+           '']
     for axis in list(Axis.all.values()): axis.load()
     for axis in Axis.all.values():
         out += [f'## {axis.name}', '', '| name | what it is | arguments and their defaults |', '|---|---|---|']
@@ -317,9 +328,10 @@ def write(self:Stage):
     for s,ps in self.sections.items(): self.put(f'{s}.md', section_page(s, {p: heads[p] for p in ps}))
     self.put('axes.md', axes_page({f'{nb.module_}.{n}': a for nb in self.nbs.values() for n,a in nb.anchors_.items()}))
 
-# %% ../nbs/91_site.ipynb #f14aad89
+# %% ../nbs/91_site.ipynb #647b46c9
 def build_site(out='_site'):   # A folder; it is replaced
-    "Render all notebooks and guides of the project into the folder `out`; offline, the same bytes each time. Returns its path"
+    "Render all notebooks and guides of the project into the folder `out`; offline, the same bytes each time. " \
+    "Returns its path"
     out = project_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as d:

@@ -6,8 +6,8 @@ Docs: https://flow2lab.github.io/flow2lab/stats.html.md"""
 
 # %% auto #0
 __all__ = ['Z', 'MEMORY', 'TIME', 'z_value', 'wilson', 'half_width', 'min_detectable', 'beta_inc', 't_tails', 't_quantile',
-           'pool_seeds', 'Field', 'mean_ci', 'bootstrap_ci', 'paired_diff', 'mcnemar', 'permutation_test', 'Totals',
-           'unpaired_diff', 'holm', 'beats', 'rank_ranges', 'pareto', 'simulate_scores', 'fmt', 'fmt_diff',
+           't_interval', 'pool_seeds', 'Field', 'mean_ci', 'bootstrap_ci', 'paired_diff', 'mcnemar', 'permutation_test',
+           'Totals', 'unpaired_diff', 'holm', 'beats', 'rank_ranges', 'pareto', 'simulate_scores', 'fmt', 'fmt_diff',
            'text_table', 'Comparison', 'compare', 'rank_range', 'simulate_study', 'best_by']
 
 # %% ../nbs/61_stats.ipynb #0aea514b
@@ -50,7 +50,7 @@ def min_detectable(n,              # Items
     items = discordant/n if paired else 2*p*(1-p)/n
     return (z_value(alpha) + NormalDist().inv_cdf(power))*math.sqrt(items + 2*seed_sd**2/seeds)
 
-# %% ../nbs/61_stats.ipynb #820bb8e4
+# %% ../nbs/61_stats.ipynb #ce22ef21
 _lgamma = np.vectorize(math.lgamma, otypes=[float])
 
 def beta_inc(a, b, x):
@@ -79,6 +79,12 @@ def t_quantile(alpha, df):
         mid = (lo+hi)/2; far = t_tails(np.exp(mid), df) > alpha
         lo, hi = np.where(far, mid, lo), np.where(far, hi, mid)
     return np.exp(hi)
+
+def t_interval(d, alpha=.05):     # d: a difference a seed
+    "(mean, low, high) of Student's interval; without an end where there is one value"
+    d = np.asarray(d, float)
+    half = float(t_quantile(alpha, len(d)-1))*d.std(ddof=1)/len(d)**.5 if len(d)>1 else np.inf
+    return float(d.mean()), float(d.mean()-half), float(d.mean()+half)
 
 @lru_cache(None)
 def _t(alpha, df): return z_value(alpha) if math.isinf(df) else float(t_quantile(alpha, df))

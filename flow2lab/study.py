@@ -6,18 +6,18 @@ Docs: https://flow2lab.github.io/flow2lab/study.html.md"""
 
 # %% auto #0
 __all__ = ['SCALES', 'PRETRAIN', 'COSTS', 'scale_of', 'base_spec', 'trained_spec', 'quantized_spec', 'in_domain', 'out_of_domain',
-           'with_text', 'pretrained_spec', 'Finding', 'finding', 'curves', 'loss_at', 'findings_table', 'Agreement',
-           'agreement', 'studies', 'study_folder', 'StudyResult', 'save_answer', 'run_study']
+           'with_text', 'pretrained_spec', 'Finding', 'finding', 'curves', 'loss_at', 'findings_table', 'finding_line',
+           'told', 'Agreement', 'agreement', 'studies', 'study_folder', 'StudyResult', 'save_answer', 'run_study']
 
-# %% ../nbs/75_study.ipynb #f03bb2e1
-import json, math, os, sys, time
-from dataclasses import dataclass, field
+# %% ../nbs/75_study.ipynb #23ef0c36
+import json, math, os, time
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from fastcore.basics import AttrDict, patch
-from .core import (Spec, UserError, atomic_write, check_names, find_data, hardware, nearest, project_path, relative, results_path, setting, to_json)
+from fastcore.basics import AttrDict
+from .core import (Spec, UserError, atomic_write, check_names, find_data, nearest, project_path, relative, results_path, setting, to_json)
 from .records import load_items, load_records, load_steps, run_folders, summary
-from .stats import compare, fmt, fmt_diff, holm, paired_diff, t_quantile
+from .stats import compare, fmt_diff, holm, paired_diff, t_interval
 
 # %% ../nbs/75_study.ipynb #2a928884
 _full_lr = dict(full=1e-5, lora=2e-4, rslora=1e-4, dora=2e-4, vera=4e-3, pissa=1e-4, ia3=3e-3, loha=2e-4, lokr=5e-4, oft=2e-4, adalora=5e-4, prompt_tuning=3e-2)
@@ -95,7 +95,7 @@ def pretrained_spec(arch, seed=0, p='nano', **kw):
     p = PRETRAIN[p] if isinstance(p, str) else p; train = {**p.train, 'lr': p.lr[arch], **kw.pop('train', {})}
     return Spec(**{**dict(base=f'{arch}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full', eval=p.eval, train=train, seed=seed), **kw})
 
-# %% ../nbs/75_study.ipynb #9fff30a0
+# %% ../nbs/75_study.ipynb #d32191c6
 @dataclass
 class Finding:
     "One claim and what the records say of it; `diff`, `lo` and `hi` in the unit of the metric"
@@ -136,13 +136,25 @@ def loss_at(df, cost='tokens', part=1.):
 def _loss_gap(df, better, worse, metric):
     "Loss of `worse` minus that of `better`, paired by seed, with the t interval over seeds"
     cost, _, k = metric.partition('@')[2].partition('/'); losses, _ = loss_at(df, cost, 1/float(k or 1))
-    d = (losses.loc[worse]-losses.loc[better]).dropna().to_numpy(); half = float(t_quantile(.05, len(d)-1))*d.std(ddof=1)/len(d)**.5 if len(d)>1 else np.inf
-    return float(d.mean()), float(d.mean()-half), float(d.mean()+half)
+    return t_interval((losses.loc[worse]-losses.loc[better]).dropna())
+
+def _points(unit): return 'points' if unit=='fraction' else unit
 
 def findings_table(fs):
     "Findings as a DataFrame for the page"
-    return pd.DataFrame([dict(finding=f.claim, source=f.source, **{'difference [points]' if f.unit=='fraction' else f'difference [{f.unit}]': fmt_diff(f.diff, f.unit)}, interval=f'{fmt_diff(f.lo, f.unit)} to {fmt_diff(f.hi, f.unit)}',
-                              verdict=f.verdict) for f in fs])
+    row = lambda f, say: {'finding': f.claim, 'source': f.source, f'difference [{_points(f.unit)}]': say(f.diff),
+                          'interval': f'{say(f.lo)} to {say(f.hi)}', 'verdict': f.verdict}
+    return pd.DataFrame([row(f, lambda v: fmt_diff(v, f.unit)) for f in fs])
+
+def finding_line(f):      # of `Finding.to_dict`, or of answer.json
+    "A finding in one line"
+    diff, lo, hi = (fmt_diff(f[k], f['unit']) for k in ('diff', 'lo', 'hi'))
+    return f'{f["verdict"]:10} {f["claim"]}: {diff} [{lo}, {hi}] {_points(f["unit"])}'
+
+def told(study):
+    "Print what the reference records of `study` say of its findings"
+    answer = project_path(setting('reference'), study, 'answer.json')
+    for f in json.loads(answer.read_text(encoding='utf-8'))['findings']: print(finding_line(f))
 
 # %% ../nbs/75_study.ipynb #234ea61c
 @dataclass
@@ -180,7 +192,7 @@ def agreement(study, metrics, reference=None):
     for t,p in zip(tests, holm([t['p'] for t in tests]) if tests else []): t['p'] = float(p)
     return Agreement(len(tests), same, [t for t in tests if t['p']<.05], int((~there['name'].isin(here['name'])).sum()), relative(ref))
 
-# %% ../nbs/75_study.ipynb #8dd539af
+# %% ../nbs/75_study.ipynb #26e4d645
 def studies():
     "{name: notebook} of the studies that there are"
     return {p.stem: p for p in sorted(project_path('nbs', 'studies').glob('*.ipynb'))}
@@ -195,8 +207,7 @@ class StudyResult:
         return dict(study=self.study, seconds=round(self.seconds, 1), comparison=self.comparison.to_dict(), findings=self.findings,
                     files=self.files, agreement=self.agreement.to_dict())
     def __str__(self):
-        said = [f'  {f["verdict"]:10} {f["claim"]}: {fmt_diff(f["diff"], f["unit"])} [{fmt_diff(f["lo"], f["unit"])}, {fmt_diff(f["hi"], f["unit"])}]' for f in self.findings]
-        return '\n'.join([str(self.comparison), '', 'Findings', *said, '', 'Files', *[f'  {f}' for f in self.files], '', str(self.agreement),
+        return '\n'.join([str(self.comparison), '', 'Findings', *[f'  {finding_line(f)}' for f in self.findings], '', 'Files', *[f'  {f}' for f in self.files], '', str(self.agreement),
                           f'{self.study}: done in {self.seconds/60:.1f} minutes.'])
 
 def save_answer(study,          # Name of the study's folder

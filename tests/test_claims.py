@@ -18,18 +18,21 @@ def test_readme_tables_are_the_reference_records():
             assert line.strip() in text, f'README lacks: {line}'
 
 def test_readme_speeds_are_the_reference_records():
-    text, n = (ROOT/'README.md').read_text(), 0
-    for p in sorted((REF/'benchmarks').glob('*.json')):
-        for r in json.loads(p.read_text()):
-            if not r.get('ratio') or 'peer_name' not in r: continue
-            line = f'{r["ratio"]:7.2f} x  {r["work"]}: {r["ours"]:,g} against {r["peer"]:,g} {r["unit"]} ({r["peer_name"]})'; n += 1
-            assert line.strip() in text, f'README lacks: {line}'
-            assert r['hardware'] and r['versions'], p
-    assert n>=8
-
-def test_readme_findings_on_architectures_are_the_records():
+    from flow2lab.records import benchmark_line
     text = (ROOT/'README.md').read_text()
-    for f in json.loads((REF/'architectures'/'answer.json').read_text())['findings']: assert f'{f["verdict"]:10} {f["claim"]}:' in text
+    rows = [r for p in sorted((REF/'benchmarks').glob('*.json')) for r in json.loads(p.read_text())]
+    assert len(rows)>30
+    for r in rows:
+        assert benchmark_line(r).strip() in text, f'README lacks: {benchmark_line(r)}'
+        better = r['ours']/r['peer'] if r.get('higher') or '/s' in r['unit'] or r['unit']=='pairs' else r['peer']/r['ours']
+        assert abs(better/r['ratio']-1)<.02, r
+        assert r['hardware'] and r['versions'] and r['peer_name'], r['work']
+
+@pytest.mark.parametrize('study', ['methods', 'architectures', 'from_scratch'])
+def test_readme_findings_are_the_records(study):
+    from flow2lab.study import finding_line
+    text = (ROOT/'README.md').read_text()
+    for f in json.loads((REF/study/'answer.json').read_text())['findings']: assert finding_line(f) in text
 
 @pytest.mark.parametrize('study', STUDIES)
 def test_findings_follow_from_the_records(study):
