@@ -77,7 +77,7 @@ def _cause(e):
 def _constant(name): raise RowError(f'{name} is not JSON: write null, or leave the field out')
 _decoder = json.JSONDecoder(parse_constant=_constant)
 
-# %% ../nbs/10_formats.ipynb #8c468e36
+# %% ../nbs/10_formats.ipynb #657d6107
 def _depth(o):
     level, n = [o], 0
     while (level := [x for x in level if isinstance(x, (dict, list))]):
@@ -86,7 +86,8 @@ def _depth(o):
 
 def _sound(v, s):
     "`v`, the value of JSON text `s`, if it can be written again"
-    if s.count('[')+s.count('{')>MAX_DEPTH and _depth(v)>MAX_DEPTH: raise RowError(f'nested more than {MAX_DEPTH} deep')
+    if s.count('[')+s.count('{')>MAX_DEPTH and _depth(v)>MAX_DEPTH:
+        raise RowError(f'nested more than {MAX_DEPTH} deep')
     if re.search(r'\\u[dD][89a-fA-F]', s):
         try: json.dumps(v, ensure_ascii=False).encode()
         except UnicodeEncodeError: raise RowError('half of a surrogate pair is not a character') from None
@@ -99,7 +100,7 @@ def parse_json(s):
     except RecursionError: raise RowError(f'nested more than {MAX_DEPTH} deep') from None
     except ValueError: raise RowError('a number with too many digits') from None
 
-# %% ../nbs/10_formats.ipynb #a2a047d0
+# %% ../nbs/10_formats.ipynb #fd7537d3
 _strangers = {b'PK\x03\x04': 'a zip archive', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x28\xb5\x2f\xfd': 'zstd',
               b'\xff\xfe': 'UTF-16 text', b'\xfe\xff': 'UTF-16 text', b'%PDF': 'a PDF', b'\x89PNG': 'an image',
               b'ARROW1': 'an Arrow file', b'GGUF': 'a GGUF model', b'SQLite': 'an SQLite database'}
@@ -118,7 +119,8 @@ def _unpacking(p):
     "Turn what gzip raises on a damaged file into a sentence"
     try: yield
     except EOFError: raise _broken(p, 'the gzip stream stops in the middle', 'Fetch or pack it again') from None
-    except (zlib.error, gzip.BadGzipFile) as e: raise _broken(p, f'damaged gzip ({e})', 'Fetch or pack it again') from None
+    except (zlib.error, gzip.BadGzipFile) as e:
+        raise _broken(p, f'damaged gzip ({e})', 'Fetch or pack it again') from None
     except PermissionError: raise _broken(p, 'no permission to read it', 'Change its mode with chmod u+r') from None
 
 def container(p):
@@ -158,8 +160,9 @@ def _try(f, *args):
     try: return f(*args)
     except RowError as e: return e
 
-# %% ../nbs/10_formats.ipynb #db913234
-_kinds = {dict: 'an object', list: 'a list', str: 'a string', int: 'a number', float: 'a number', bool: 'true or false',
+# %% ../nbs/10_formats.ipynb #ae0529c9
+_kinds = {dict: 'an object', list: 'a list', str: 'a string',
+          int: 'a number', float: 'a number', bool: 'true or false',
           type(None): 'null'}
 def _kind(v): return _kinds.get(type(v), type(v).__name__)
 
@@ -171,11 +174,12 @@ def _read_jsonl(p):
     for n,b in _lines(p):
         if b is None or b.strip(): yield n, _try(lambda b: _object(parse_json(_decode(b))), b)
 
-# %% ../nbs/10_formats.ipynb #07a594b8
+# %% ../nbs/10_formats.ipynb #5c834b6a
 def _whole(p):
     "All text of a JSON file"
     with _unpacking(p), open_data(p) as f: b = f.read(MAX_JSON+1).removeprefix(codecs.BOM_UTF8)
-    if len(b)>MAX_JSON: raise _broken(p, f'over {MAX_JSON>>20} MiB of JSON', 'Save it as JSONL, which is read row by row')
+    if len(b)>MAX_JSON:
+        raise _broken(p, f'over {MAX_JSON>>20} MiB of JSON', 'Save it as JSONL, which is read row by row')
     try: return b.decode()
     except UnicodeDecodeError as e:
         line, column = b.count(b'\n', 0, e.start)+1, e.start-b.rfind(b'\n', 0, e.start)
@@ -219,10 +223,12 @@ def _read_json(p):
     try: yield from ((n, v if isinstance(v, RowError) else _try(_object, v)) for n,v in _values(s))
     except json.JSONDecodeError as e:
         first, *rest = s.strip().split('\n', 1)
-        if rest and isinstance(_try(parse_json, first), dict): yield from _read_jsonl(p)   # JSONL under the name of JSON
+        # JSONL under the name of JSON
+        if rest and isinstance(_try(parse_json, first), dict): yield from _read_jsonl(p)
         else: raise _broken(p, f'invalid JSON at column {e.colno} ({_cause(e)})', line=f':{e.lineno}') from None
     except RowError as e: raise _broken(p, e) from None
-    except (RecursionError, ValueError): raise _broken(p, 'nested too deeply, or a number with too many digits') from None
+    except (RecursionError, ValueError):
+        raise _broken(p, 'nested too deeply, or a number with too many digits') from None
 
 # %% ../nbs/10_formats.ipynb #018f3ba1
 _nested = ('messages', 'conversations', 'chosen', 'rejected', 'prompt')
@@ -263,7 +269,7 @@ def _read_csv(p):
         if not header: header = _csv_header(p, line, fields)
         else: yield line, _try(_csv_row, header, fields)
 
-# %% ../nbs/10_formats.ipynb #a3c0dc9a
+# %% ../nbs/10_formats.ipynb #78e14e49
 def _plain(v):
     "`v` as a value that JSON knows"
     if isinstance(v, dict): return {str(k): _plain(x) for k,x in v.items()}
@@ -284,7 +290,8 @@ def _read_parquet(p):
             rows = (r for b in f.iter_batches(batch_size=64) for r in b.to_pylist())
             yield from ((n, _plain(r)) for n,r in enumerate(rows, 1))
         except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
-            raise _broken(p, f'not a sound Parquet file ({str(e).splitlines()[0]})', 'Fetch or write it again') from None
+            raise _broken(p, f'not a sound Parquet file ({str(e).splitlines()[0]})',
+                          'Fetch or write it again') from None
 
 # %% ../nbs/10_formats.ipynb #41c5f3e7
 def _read_text(p):
@@ -302,11 +309,12 @@ def _read_text(p):
 
 _readers = dict(jsonl=_read_jsonl, json=_read_json, csv=_read_csv, parquet=_read_parquet, text=_read_text)
 
-# %% ../nbs/10_formats.ipynb #7ac9d066
+# %% ../nbs/10_formats.ipynb #d42f3661
 def _complaint(p, rows, bad, line, why):
     "The error for a file with broken rows"
     count = f'{bad} of {rows} row{"s" if rows!=1 else ""} bad'
-    return _broken(p, f'{str(why).rstrip(".")}. {count}', 'Fix it, or use --skip-bad' if bad<rows else 'Fix it', f':{line}')
+    return _broken(p, f'{str(why).rstrip(".")}. {count}',
+                   'Fix it, or use --skip-bad' if bad<rows else 'Fix it', f':{line}')
 
 def _empty(p): return _broken(p, 'empty, no rows', 'Give it at least one row')
 
@@ -420,7 +428,7 @@ def sharegpt(r):
     "conversations: a list of {from, value}"
     if 'conversations' in r: return _dialogue(r, 'conversations')
 
-# %% ../nbs/10_formats.ipynb #1a33e16b
+# %% ../nbs/10_formats.ipynb #f44fd226
 @shape
 def alpaca(r):
     "instruction, output (and input, system, history): the form of Alpaca"
@@ -457,7 +465,8 @@ def prompt_response(r):
 def prompt_completion(r):
     "prompt, completion: as text or as messages"
     if not has(r, 'prompt', 'completion'): return
-    return dict(messages=_turns(r.pop('prompt'), 'question', 'user') + _turns(r.pop('completion'), 'answer', 'assistant'))
+    return dict(messages=_turns(r.pop('prompt'), 'question', 'user')
+                         + _turns(r.pop('completion'), 'answer', 'assistant'))
 
 @shape
 def input_output(r):
@@ -600,7 +609,7 @@ class Report:
     def ok(self): return not self.message
     def to_dict(self): return dict(vars(self), ok=self.ok)
 
-# %% ../nbs/10_formats.ipynb #aaceceeb
+# %% ../nbs/10_formats.ipynb #d3c8be5d
 def _lengths(sizes):
     "min, median, p95, max and total of an array"
     import numpy as np
@@ -633,7 +642,8 @@ def check(path,        # As for `read_rows`
         hashes.append(int(hash_of(content(r)), 16)); lines.append(n); sizes.append(chars(r))
         if (k := len(r.get('messages', r.get('prompt', '')))): out.turns[k] = out.turns.get(k, 0)+1
     again = _repeats(hashes, lines)
-    out.shape, out.duplicates, out.duplicate_rows = rows.shape, len(again), [dict(line=a, first=b) for a,b in again[:keep]]
+    out.shape, out.duplicates, out.duplicate_rows = (rows.shape, len(again),
+                                                     [dict(line=a, first=b) for a,b in again[:keep]])
     out.chars, out.notes, out.message = _lengths(sizes), list(_notes(p, out)), _verdict(p, out)
     return out
 
@@ -696,10 +706,11 @@ def overlap(train, test):
     seen = {hash_of(question(r)) for r in train}
     return [i for i,r in enumerate(test) if hash_of(question(r)) in seen]
 
-# %% ../nbs/10_formats.ipynb #9b67666d
+# %% ../nbs/10_formats.ipynb #d345c620
 @contextlib.contextmanager
 def _atomic_stream(path):
-    "As core's `atomic_write`, for what is too long to hold: a binary file that becomes `path` when the block ends well"
+    "As core's `atomic_write`, for what is too long to hold: " \
+    "a binary file that becomes `path` when the block ends well"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
@@ -731,7 +742,7 @@ def convert(src,             # Any file we can read
     "Rewrite a data file as canonical JSONL, whole or not at all; returns the number of rows"
     return write_rows(read_rows(src, shape, skip_bad), dst)
 
-# %% ../nbs/10_formats.ipynb #7e9e4603
+# %% ../nbs/10_formats.ipynb #ed48a9b7
 LIMITS = dict(dataset=100_000_000, result=50_000_000, adapter=500_000_000)   # Bytes
 
 def _files(folder): return [f for f in sorted(folder.rglob('*')) if f.is_file() and not f.is_symlink()]
@@ -771,7 +782,8 @@ def inventory():
     studies = Counter(f.parent.parent.name for f in results if f.name=='metrics.json')
     total = lambda k: sum(d[k] or 0 for d in data)
     return dict(datasets=dict(count=len(data), rows=total('rows'), bytes=total('bytes'), files=data),
-                results=dict(runs=studies.total(), studies=dict(studies), bytes=sum(f.stat().st_size for f in results)),
+                results=dict(runs=studies.total(), studies=dict(studies),
+                             bytes=sum(f.stat().st_size for f in results)),
                 adapters=adapters,
                 over=_too_big('dataset', [(d['name'], d['bytes']) for d in data])
                    + _too_big('result', [(relative(f), f.stat().st_size) for f in results if f.suffix=='.json'])
