@@ -17,18 +17,19 @@ from .evaluate import hf, memory_metrics
 from .models import PeakMemory, load_model, load_tokenizer
 from .quantize import size_in_memory, size_on_disk
 
-# %% ../nbs/51_bench.ipynb #d751dfb9
+# %% ../nbs/51_bench.ipynb #616bcdb5
 def touch(model):
     "Read one byte in each page of the model's weights and buffers; returns the bytes they span"
     import torch
     spans = {}
     for t in [*model.parameters(), *model.buffers()]:
-        for p in ([getattr(t, a) for a in t.__tensor_flatten__()[0]] if hasattr(t, '__tensor_flatten__') else [t.data]):
+        for p in ([getattr(t, a) for a in t.__tensor_flatten__()[0]] if hasattr(t, '__tensor_flatten__') else
+                  [t.data]):
             s = p.untyped_storage(); spans[s.data_ptr()] = s
     for s in spans.values(): torch.empty(0, dtype=torch.uint8, device=s.device).set_(s)[::4096].sum().item()
     return sum(s.nbytes() for s in spans.values())
 
-# %% ../nbs/51_bench.ipynb #3358d90c
+# %% ../nbs/51_bench.ipynb #58acf438
 def timed_load(base, dtype='auto', device='auto'):
     "(model, seconds) of loading `base` with every page touched, imports and the search for it not counted"
     import transformers.models.auto.modeling_auto        # the import is not the model's
@@ -40,7 +41,8 @@ def file_size(base):
     "Bytes of the weights of a local base, None for a preset or a hub id"
     p = base_folder(base)
     if p is None: return
-    return p.stat().st_size if p.is_file() else sum(f.stat().st_size for f in (*p.glob('*.safetensors'), *p.glob('*.gguf')))
+    return (p.stat().st_size if p.is_file() else
+            sum(f.stat().st_size for f in (*p.glob('*.safetensors'), *p.glob('*.gguf'))))
 
 # %% ../nbs/51_bench.ipynb #24d35314
 def answer_times(be, prompt=BENCH['prompt'], new_tokens=BENCH['new_tokens'], seed=0):
@@ -51,7 +53,7 @@ def answer_times(be, prompt=BENCH['prompt'], new_tokens=BENCH['new_tokens'], see
     assert len(stamps)==new_tokens+2, 'an answer ended early'
     return stamps[1]-stamps[0], (stamps[-1]-stamps[1])/new_tokens
 
-# %% ../nbs/51_bench.ipynb #07207d14
+# %% ../nbs/51_bench.ipynb #64399385
 def bench(model,            # Shipped name, folder, GGUF file or hub id; or a model in memory
           tok=None,         # Its tokenizer, if it is in memory
           prompt:int=BENCH['prompt'],           # Tokens to read
@@ -61,7 +63,8 @@ def bench(model,            # Shipped name, folder, GGUF file or hub id; or a mo
     "Size, load time, prefill and decode speed and peak memory, each with unit and direction"
     for k,v in dict(prompt=prompt, new_tokens=new_tokens, repeats=repeats).items():
         if v<1: raise UserError(f'bench: {k}={v}. Give 1 or more.')
-    out, put = {}, lambda name, value, unit, direction: out.update({f'bench/{name}': dict(value=value, unit=unit, direction=direction)})
+    out, put = {}, lambda name, value, unit, direction: out.update(
+        {f'bench/{name}': dict(value=value, unit=unit, direction=direction)})
     with PeakMemory() as memory:
         if isinstance(model, (str, Path)):
             disk, tok = file_size(model), load_tokenizer(model) if tok is None else tok
@@ -69,13 +72,15 @@ def bench(model,            # Shipped name, folder, GGUF file or hub id; or a mo
             put('load', load, 's', 'min')
         else: disk = None
         be = model if hasattr(model, 'loglikelihood') else hf(model, tok)
-        if prompt+new_tokens+1>be.length: raise UserError(f'bench: {prompt} + {new_tokens} tokens, but the model takes {be.length}. Ask for fewer.')
+        if prompt+new_tokens+1>be.length:
+            raise UserError(f'bench: {prompt} + {new_tokens} tokens, but the model takes {be.length}. Ask for fewer.')
         put('size', size_on_disk(be.whole) if disk is None else disk, 'bytes', 'min')
         put('size_in_memory', size_in_memory(be.whole), 'bytes', 'min')
         answer_times(be, prompt, min(new_tokens, 4))      # the first answer pays for buffers and kernels
         times = [answer_times(be, prompt, new_tokens, seed) for seed in range(repeats)]
     for name, per, n in (('prefill', [a for a,_ in times], prompt), ('decode', [b for _,b in times], 1)):
-        for tag, f in (('', statistics.median), ('_low', max), ('_high', min)): put(name+tag, n/f(per), 'tokens/s', 'max')
+        for tag, f in (('', statistics.median), ('_low', max), ('_high', min)):
+            put(name+tag, n/f(per), 'tokens/s', 'max')
     put('seconds', statistics.median(a+b*new_tokens for a,b in times), 's', 'min')
     return {**out, **memory_metrics('bench', memory)}
 
