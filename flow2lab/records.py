@@ -10,13 +10,13 @@ __all__ = ['STATUS', 'ITEMS', 'FORMATS', 'metric', 'run_folder', 'save', 'read_r
            'summary', 'load_any', 'is_cost', 'quality_metrics', 'find_metric', 'better', 'in_turn', 'save_benchmark',
            'benchmark_line']
 
-# %% ../nbs/60_records.ipynb #ec7a5391
+# %% ../nbs/60_records.ipynb #63f873dd
 import errno, json, math, os, re, shutil, statistics, warnings
 from functools import lru_cache
 import numpy as np, pandas as pd
 from pathlib import Path
-from .core import (Spec, UserError, atomic_dir, atomic_write, check_names, hardware, hash_of, nearest, notes, project_path,
-                           provenance, relative, results_path, setting, task, to_json, versions)
+from .core import (Spec, UserError, atomic_dir, atomic_write, check_names, hardware, hash_of, nearest, notes,
+                           project_path, provenance, relative, results_path, setting, task, to_json, versions)
 
 # %% ../nbs/60_records.ipynb #52e237a8
 def metric(value,          # A number; None or not finite is kept as None
@@ -52,11 +52,12 @@ def _items_table(items):
     types = dict(score=pa.float64(), seconds=pa.float64(), truncated=pa.bool_(), unparsed=pa.bool_())
     return pa.table({c: pa.array(t[c].tolist(), types.get(c, pa.string()), from_pandas=True) for c in ITEMS})
 
-# %% ../nbs/60_records.ipynb #dd38b4f5
+# %% ../nbs/60_records.ipynb #1211ad64
 def _write_run(t, spec, record, items, steps, env, notebook):
     "Write the files of one run into the folder `t`"
     (t/'spec.json').write_text(to_json(dict(spec.to_dict(), id=spec.id, name=spec.name), 1), encoding='utf-8')
-    (t/'env.json').write_text(to_json(provenance(seed=spec.seed) if env is None else {**env, **notes}, 1), encoding='utf-8')
+    (t/'env.json').write_text(to_json(provenance(seed=spec.seed) if env is None else {**env, **notes}, 1),
+                              encoding='utf-8')
     if items is not None:
         import pyarrow.parquet as pq
         pq.write_table(_items_table(items), t/'items.parquet', compression='zstd')
@@ -461,7 +462,7 @@ def _foreign(file, format, n, named):
     return [dict(r, id=hash_of([str(file), r['name']]), variant=hash_of(r['name']), folder=str(file),
                  message=r.get('message', '')) for r in rows]
 
-# %% ../nbs/60_records.ipynb #dba927de
+# %% ../nbs/60_records.ipynb #e40e31d0
 def load_any(path,           # A file, a folder or a study, or several
              format='auto',  # auto, flow2lab, peft or lm-eval
              metric=None,    # Keep this metric only (and what training and evaluation cost)
@@ -494,7 +495,8 @@ def load_any(path,           # A file, a folder or a study, or several
 def is_cost(metric):
     "Is this a cost or a count, rather than a measure of quality?"
     part, _, key = metric.partition('/')
-    return part in ('train','eval','bench') or key in ('latency','seconds','tokens_per_s','new_tokens','truncated','unparsed')
+    return part in ('train','eval','bench') or key in ('latency','seconds','tokens_per_s',
+                                                       'new_tokens','truncated','unparsed')
 
 @lru_cache(None)
 def _primary(name):
@@ -504,7 +506,8 @@ def _primary(name):
 
 def quality_metrics(df):
     "The metrics that measure quality, one for each task: the one that the task declares first, where it is known"
-    known = sorted((c for c in metric_names(df) if not is_cost(c) and df[c].notna().any()), key=lambda c: _metric_order(df, c))
+    known = sorted((c for c in metric_names(df) if not is_cost(c) and df[c].notna().any()),
+                   key=lambda c: _metric_order(df, c))
     return list({c.split('/')[0]: c for c in reversed(known)}.values())[::-1]
 
 def _unframe(df):
