@@ -534,7 +534,7 @@ def _kind(df, metric):
     share = df[metric].dropna().between(0, 1).all()
     return info.get('unit', 'fraction' if share else ''), info.get('direction', 'max')
 
-# %% ../nbs/61_stats.ipynb #25ea818e
+# %% ../nbs/61_stats.ipynb #f57b8251
 def compare(df,              # Records, from `load_records` or `load_any`
             items=None,      # Items, from `load_items`; read from the run folders if None, unused if False
             metric=None,     # By full name, its end or its task; the best known one if None
@@ -553,7 +553,8 @@ def compare(df,              # Records, from `load_records` or `load_any`
     if silent: notes.append(f'{len(silent)} of {len(status)} have no {metric} and are left out')
     notes += _contamination_notes(df, metric, unit)
     f, flags = _scores(df, list(done.values()), metric, items, unit=='fraction', notes)
-    rows, costs = _rows(df, done, status, f, metric, flags, 1 if direction=='max' else -1, (memory, time), alpha, notes)
+    rows, costs = _rows(df, done, status, f, metric, flags, 1 if direction=='max' else -1,
+                        (memory, time), alpha, notes)
     rows = pd.concat([rows, _failures(df, [k for k in lost if k not in silent], status)], ignore_index=True)
     tied = [k for k,r in zip(rows['name'], rows['rank_low']) if r==1]
     c = Comparison(metric, unit, direction, rows, tied, notes=notes, paired=isinstance(f, Field), costs=costs)
@@ -564,7 +565,8 @@ def _contamination_notes(df, metric, unit):
     task, key = metric.split('/')[0], f'{metric}_clean'; found = f'{task}/contaminated'
     if found not in df or key not in df: return []
     hit = df[df[found].fillna(0)>0].groupby('label', sort=False)
-    return [f'{name}: {g[found].max():.0f} items of {task} are among its training rows; {fmt(g[metric].mean(), unit)} with them, '
+    return [f'{name}: {g[found].max():.0f} items of {task} are among its training rows; '
+            f'{fmt(g[metric].mean(), unit)} with them, '
             f'{fmt(g[key].mean(), unit)} without' for name,g in hit]
 
 def _failures(df, labels, status):
@@ -572,7 +574,7 @@ def _failures(df, labels, status):
     said = df['message'].fillna('').groupby(df['label']).first() if 'message' in df else {}
     return pd.DataFrame([dict(name=k, status=status[k], message=str(said.get(k, '')), pareto=False) for k in labels])
 
-# %% ../nbs/61_stats.ipynb #3b1710cc
+# %% ../nbs/61_stats.ipynb #28537383
 def _scores(df, groups, metric, items, share, notes):
     "The `Field` of these groups if their items explain the metric, else their `Totals`; and counts of flagged items"
     got, flags = _item_scores(df, items, metric), {}
@@ -584,7 +586,8 @@ def _scores(df, groups, metric, items, share, notes):
                 notes += _seed_notes(f.S[~f.fixed])
                 return f, flags
         else:
-            notes.append(f'{metric} is not the mean of the saved items for every run: compared by its totals, unpaired')
+            notes.append(f'{metric} is not the mean of the saved items for every run: '
+                         'compared by its totals, unpaired')
     f = _totals(df, groups, metric, share)
     known = np.isfinite(f.vi).all()
     how = f'{"Wilson" if share else "normal"} intervals and unpaired z tests'
@@ -597,7 +600,8 @@ def _scores(df, groups, metric, items, share, notes):
 def _seed_notes(S):
     "What to say about methods that were trained once"
     if not len(S) or (S>1).all(): return []
-    if (S>1).any(): return [f'{(S==1).sum()} of {len(S)} have one seed: the spread over seeds is taken from the others']
+    if (S>1).any():
+        return [f'{(S==1).sum()} of {len(S)} have one seed: the spread over seeds is taken from the others']
     return ['one seed each: the intervals cover the items drawn, not what another training would give']
 
 # %% ../nbs/61_stats.ipynb #d9485d28
