@@ -225,7 +225,7 @@ def _claim_sweep(df, items, c, g, x, name):
     if not rest: return f'{name}: {x} = {s(best[:1])} to {s(best[-1:])} are tied'
     return f'{name}: best at {x} = {s(best)}{" (tied)" if len(best)>1 else ""}, worse at {s(rest)}'
 
-# %% ../nbs/62_plots.ipynb #d7b19bb3
+# %% ../nbs/62_plots.ipynb #2b3dcb21
 def plot_pareto(df, items=None, metric=None, baseline=None,
                 cost='memory'):   # memory or seconds
     "Quality against memory (or time), with intervals and the Pareto front"
@@ -242,7 +242,8 @@ def plot_pareto(df, items=None, metric=None, baseline=None,
     ax.plot(front[cost]/per, k*front['value'], color=BLUE, lw=1.6, zorder=2, drawstyle='steps-post', alpha=.7)
     for m,col,face,mark in (on, BLUE, BLUE, 'o'), (~on, GREY, 'white', 's'):
         ax.plot(xs[m], ys[m], mark, color=col, mfc=face, mew=1.8, ms=8, ls='', zorder=3)
-    for r in zero[zero['name']==c.baseline].to_dict('records'): ax.axhline(k*r['value'], color=ORANGE, lw=1.4, ls='--', zorder=0)
+    for r in zero[zero['name']==c.baseline].to_dict('records'):
+        ax.axhline(k*r['value'], color=ORANGE, lw=1.4, ls='--', zorder=0)
     if xs.max()/xs.min()>4: _log_axis(ax, ax.xaxis, ax.set_xscale)
     ax.margins(x=.15, y=.1); named = on if len(t)>15 else np.ones(len(t), bool)
     ax.set_xlabel(f'{_cost_name(c.costs.get(cost, cost))} [{unit}]; left is better')
