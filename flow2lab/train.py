@@ -1040,7 +1040,7 @@ def metrics(self:TrainResult):
     out.update({k: n(last[k], *about) for k,about in TOLD.items() if k in last})
     return {f'train/{k}': v for k,v in out.items()}
 
-# %% ../nbs/31_train.ipynb #7dbc3731
+# %% ../nbs/31_train.ipynb #ac8f32b4
 def matmul_peak(precision='auto', device='cpu', n=1024, seconds=.3):
     "Operations a second of a product of two n x n matrices, the best of what fits in `seconds`"
     dt = torch.bfloat16 if precision_of(precision, device)=='bf16' else torch.float32
@@ -1054,14 +1054,13 @@ def matmul_peak(precision='auto', device='cpu', n=1024, seconds=.3):
 
 def cost_teller(model, spec,
                 bytes_per_token=0.):   # Of the validation text, 0 if not known
-    "A `tell` for `fit`: tokens a second, model FLOPs utilisation and bits a byte"
-    from flow2lab.models import flops_per_token
-    flops = 3*flops_per_token(model.config, spec.train.seq_len).total
+    "A `tell` for `fit`: tokens a second, bits a byte and, where the operations are known, model FLOPs utilisation"
+    flops = training_flops(model, spec.train.seq_len)
     peak = matmul_peak(spec.train.precision, model.device)*int(os.environ.get('WORLD_SIZE', 1))
     def tell(line, curve):
         done, before = line['tokens'], curve.steps[-2] if len(curve.steps)>1 else dict(tokens=0, seconds=0.)
         speed = (done-before['tokens'])/max(line['seconds']-before['seconds'], 1e-9)
         bits = ({'val_bits_per_byte': line['val_loss']/np.log(2)/bytes_per_token}
                 if bytes_per_token and 'val_loss' in line else {})
-        return dict(tokens_per_s=round(speed), mfu=round(speed*flops/peak, 4), **bits)
+        return dict(tokens_per_s=round(speed), **(dict(mfu=round(speed*flops/peak, 4)) if flops else {}), **bits)
     return tell
