@@ -635,7 +635,7 @@ def write_shards(docs, folder, size):
         out.append(dict(facts, name=f'{folder.name}/{p.name}', bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
-# %% ../nbs/12_corpus.ipynb #63524b8a
+# %% ../nbs/12_corpus.ipynb #4e9408fe
 class Prepared(Report):
     "What `prepare` made: `folder`, `documents`, `report`, and `fresh`, False if it was there already"
     def __init__(self, folder, manifest, fresh):
@@ -665,8 +665,9 @@ def _inputs(sources, limit, skip_bad):
             if not limit:
                 raise UserError(f'{name}: a stream from the hub has no end. Say how many documents with --limit, e.g. '
                                 '--limit 100000.')
-            rows = lambda d=d, name=name: (dict(id=str(r.get('id') or r.get('url') or f'{name}:{i}'), text=_text_of(r))
-                                           for i,r in enumerate(itertools.islice(hub_rows(d['repo'], d['config'], d['split']), limit)))
+            rows = lambda d=d, name=name: (
+                dict(id=str(r.get('id') or r.get('url') or f'{name}:{i}'), text=_text_of(r))
+                for i,r in enumerate(itertools.islice(hub_rows(d['repo'], d['config'], d['split']), limit)))
             parts = [(name, d, rows)]
         short = name if files is None or (r := relative(find_data(name))) in names else r
         names.add(short); out.append((short, w, parts))
