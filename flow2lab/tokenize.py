@@ -10,14 +10,14 @@ __all__ = ['KINDS', 'HARD', 'MAX_WORDS', 'WINDOW', 'unigram', 'training_text', '
            'Words', 'encode_texts', 'encode_part', 'parts_of', 'fill_rows', 'cut_pieces', 'pack_corpus', 'Pieces',
            'Pack', 'load_pack']
 
-# %% ../nbs/14_tokenize.ipynb #704fc870
+# %% ../nbs/14_tokenize.ipynb #0408b8e4
 import bisect, io, itertools, json, os, re
 from pathlib import Path
 import numpy as np
 from .core import (UserError, atomic_dir, atomic_write, base_folder, fingerprint, find_data, hash_of, relative,
                            to_json)
-from .corpus import (SPECIAL, Report, _room, as_mix, as_transformers, chunks, corpus_hash, drop_stale, in_order,
-                             manifest, read_corpus, thinned, train_tokenizer)
+from .corpus import (SPECIAL, Report, _room, as_mix, as_transformers, chunks, corpus_hash, drop_stale,
+                             in_order, manifest, read_corpus, thinned, train_tokenizer)
 
 # %% ../nbs/14_tokenize.ipynb #a48c00de
 def _sentencepiece(docs, vocab):
