@@ -7,13 +7,13 @@ Docs: https://flow2lab.github.io/flow2lab/backends.html.md"""
 # %% auto #0
 __all__ = ['Sequential', 'mlx', 'trained_context', 'gguf']
 
-# %% ../nbs/52_backends.ipynb #d8236c43
+# %% ../nbs/52_backends.ipynb #c87d5513
 import importlib.util, json, math, tempfile, weakref
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from .core import UserError, backend, base_folder
-from .evaluate import Generation, Score, end_ids, hf, pair_ids, prompt_ids
+from .evaluate import Score, end_ids, hf, pair_ids, prompt_ids
 
 # %% ../nbs/52_backends.ipynb #0806305f
 class Sequential:

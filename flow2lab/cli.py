@@ -10,11 +10,11 @@ __all__ = ['command', 'parse_value', 'parse_items', 'parse_fields', 'parse_spec'
            'tokenizer', 'pack', 'pretrain', 'sft', 'dpo', 'check_rows', 'held_items', 'trained_together', 'action_of',
            'known_tokenizers', 'weighted', 'inventory_text', 'Result', 'stdout_to_stderr', 'overview', 'main']
 
-# %% ../nbs/90_cli.ipynb #1c6dd761
+# %% ../nbs/90_cli.ipynb #879bfad4
 import contextlib, inspect, json, os, shutil, sys
 from pathlib import Path
 from fastcore.script import anno_parser
-from .core import Axis, Spec, UserError, nearest, project_path, relative, results_path, setting, to_json
+from .core import Axis, Spec, UserError, nearest, relative, results_path, setting, to_json
 
 # %% ../nbs/90_cli.ipynb #864dfd3c
 def parse_value(s):

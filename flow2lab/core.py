@@ -10,13 +10,13 @@ __all__ = ['task', 'arch', 'method', 'quantizer', 'backend', 'TRAIN', 'BENCH', '
            'fsync_dir', 'atomic_write', 'atomic_dir', 'to_json', 'hash_of', 'fingerprint', 'Axis', 'Spec', 'bound_args',
            'base_folder', 'weights_file', 'output_path', 'versions', 'git_commit', 'cpu_name', 'hardware', 'provenance']
 
-# %% ../nbs/00_core.ipynb #c4bfce36
-import configparser, contextlib, difflib, hashlib, importlib.util, inspect, io, json, logging, os, platform, shutil, \
+# %% ../nbs/00_core.ipynb #58066a8b
+import configparser, contextlib, difflib, hashlib, importlib.util, inspect, json, logging, os, platform, shutil, \
        subprocess, sys, tempfile, time
 from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
-from fastcore.basics import AttrDict, patch, store_attr
+from fastcore.basics import AttrDict, patch
 
 # %% ../nbs/00_core.ipynb #9c13bb1b
 for _n in ('torchao', 'torch.utils._pytree', 'bitsandbytes.backends.cpu.ops'):

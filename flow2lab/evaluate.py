@@ -11,14 +11,14 @@ __all__ = ['Score', 'Generation', 'ENDS', 'ASK', 'ITEMS', 'encode', 'prompt_ids'
            'Meter', 'evaluate_task', 'task_metrics', 'Evaluation', 'load_backend', 'backend_for', 'evaluate',
            'memory_metrics', 'nll_by_position']
 
-# %% ../nbs/50_evaluate.ipynb #f08c1653
+# %% ../nbs/50_evaluate.ipynb #f6f1d5d9
 import contextlib, functools, math, platform, time
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import UserError, backend, hash_of, task, to_json
+from .core import UserError, backend, task, to_json
 from .models import PeakMemory, kv_bytes_per_token, load_model
 from .scan import fast_scan
 from .tasks import prompt_hash, windows

@@ -10,8 +10,8 @@ __all__ = ['published', 'of_depth', 'transformer', 'mamba', 'mamba2', 'moe', 'ch
            'meta_model', 'count_params', 'active_params', 'layers_of', 'kv_bytes_per_token', 'state_bytes',
            'cache_bytes', 'flops_per_token', 'published_config', 'memory_row', 'estimate_memory', 'PeakMemory']
 
-# %% ../nbs/20_models.ipynb #be0783af
-import contextlib, functools, json, math, os, re, socket, threading, time
+# %% ../nbs/20_models.ipynb #d633f2e1
+import contextlib, functools, math, os, re, socket, threading
 from pathlib import Path
 from urllib.parse import urlparse
 from fastcore.basics import AttrDict

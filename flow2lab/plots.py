@@ -9,8 +9,8 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'YELLOW', 'GREY', 
            'plot_differences', 'plot_rank', 'plot_pareto', 'plot_curves', 'save_figure', 'html_report',
            'report_sections']
 
-# %% ../nbs/62_plots.ipynb #c15c7887
-import html, io, math, os, re
+# %% ../nbs/62_plots.ipynb #28e3b807
+import html, io, re
 from difflib import SequenceMatcher
 from functools import reduce
 from pathlib import Path

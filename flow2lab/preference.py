@@ -9,8 +9,8 @@ __all__ = ['KL_NUMBERS', 'LOSSES', 'encode_pairs', 'PairData', 'pair_data', 'tra
            'answer_logprobs', 'validate', 'kl', 'compute_loss', 'aside', 'Preferences', 'check_loss', 'fit_preferences',
            'learn', 'count_steps']
 
-# %% ../nbs/32_preference.ipynb #6c29ed17
-import contextlib, functools
+# %% ../nbs/32_preference.ipynb #3bfd8bd5
+import functools
 import numpy as np, torch
 from . import train
 from .core import UserError, check_names

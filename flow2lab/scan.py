@@ -8,13 +8,13 @@ Docs: https://flow2lab.github.io/flow2lab/scan.html.md"""
 __all__ = ['naive_scan', 'TorchScan', 'selective_scan', 'best_kernel', 'cache_dir', 'build', 'CppScan', 'compiled', 'ssd',
            'causal_conv', 'mamba_blocks', 'fast_scan']
 
-# %% ../nbs/21_scan.ipynb #1f7a521b
+# %% ../nbs/21_scan.ipynb #723cf163
 import ctypes, hashlib, inspect, math, os, platform, shutil, subprocess, types
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 import torch, torch.nn.functional as F
-from .core import UserError, atomic_write, notes
+from .core import UserError, notes
 
 # %% ../nbs/21_scan.ipynb #7a6197f8
 def naive_scan(x, dt, A, B, C, h0=None, reset=None):

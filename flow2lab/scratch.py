@@ -8,12 +8,12 @@ Docs: https://flow2lab.github.io/flow2lab/scratch.html.md"""
 __all__ = ['LORA', 'SFT_LR', 'DPO_LR', 'sized', 'dial', 'pretrain_spec', 'size_class', 'parameters_of', 'sft_spec', 'dpo_spec',
            'base_of', 'train_in_processes', 'train_here']
 
-# %% ../nbs/77_scratch.ipynb #a04835da
+# %% ../nbs/77_scratch.ipynb #836a8f3a
 import json, os, subprocess, sys, tempfile
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import (Spec, UserError, base_folder, check_names, output_path, project_path, relative,
-                           results_path, task, to_json)
+from .core import (Spec, UserError, base_folder, output_path, project_path, relative,
+                           results_path, to_json)
 
 # %% ../nbs/77_scratch.ipynb #8c04a3d7
 def sized(base, vocab=0):
@@ -51,7 +51,7 @@ def dial(size='tiny',    # nano, tiny, small, base, d1 to d99, or a preset such 
                     steps=-(-tokens//batch),
                     flops=3*flops_per_token(c, context).total*tokens)
 
-# %% ../nbs/77_scratch.ipynb #1f5dfee5
+# %% ../nbs/77_scratch.ipynb #1d4cbd14
 def _kept(path):
     "`path` as a Spec keeps it; several may be joined by commas"
     one = lambda p: relative(p) if os.path.isabs(p) and Path(p).resolve().is_relative_to(project_path()) else p
@@ -88,7 +88,7 @@ def size_class(parameters):
 
 def parameters_of(base):
     "Parameters of what a Spec may start from"
-    from flow2lab.models import base_folder, count_params, load_tokenizer, meta_model
+    from flow2lab.models import count_params, load_tokenizer, meta_model
     if isinstance(base, Spec):
         if not isinstance(base.base, Spec) and base.task=='text':
             return count_params(sized(base.base, len(load_tokenizer(base.task_args['tokenizer'])))).total

@@ -9,15 +9,15 @@ __all__ = ['ALPACA', 'TEMPLATES', 'MARKS', 'TREE', 'SMOKE', 'with_template', 'te
            'instruct', 'canonical_or_why', 'conversations', 'alpaca', 'dolly', 'oasst1', 'preference', 'pair_row',
            'nano_preference', 'nano_talk', 'grams', 'distinct', 'repetition', 'samples']
 
-# %% ../nbs/15_stages.ipynb #65772149
-import collections, itertools, random, re
+# %% ../nbs/15_stages.ipynb #39e7c4a6
+import collections, itertools, re
 from pathlib import Path
 import numpy as np
 from .core import UserError, check_names, find_data, hash_of, output_path, relative, task
 from .corpus import CHATML
 from .formats import RowError, canonical, in_valid, raw_rows
 from .nano import FACTS, Generated, facts, math_row, say
-from .tasks import Task, TrainingData, chat, hub_rows, squad_normal
+from .tasks import Task, TrainingData, chat, hub_rows
 
 # %% ../nbs/15_stages.ipynb #ff728c19
 ALPACA = ("{% for m in messages %}{% if m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token }}\n\n"
@@ -93,7 +93,7 @@ def bytes_per_token(tok, rows, most=200_000):
         n += len(r)-1; size += len(tok.decode(np.asarray(r)[1:].tolist(), skip_special_tokens=True).encode())
     return size/n if n else 0.
 
-# %% ../nbs/15_stages.ipynb #eceecb39
+# %% ../nbs/15_stages.ipynb #7fd0512e
 def threads(rows, language='en'):
     "Conversations of OASST1's message tree: from each root on, the reply that people ranked first"
     rows = [r for r in rows if not r.get('deleted') and language in ('', r.get('lang', language))]
@@ -165,7 +165,7 @@ class instruct(chat):
         if cls.objective!='labels':
             raise UserError(f'task {cls.__name__}: stream=True is for rows with labels, not for pairs.')
         from flow2lab.quantize import tokenizer_of
-        from flow2lab.train import Spooled, spool
+        from flow2lab.train import spool
         valid, tok, n, t = [], tokenizer_of(spec), a.get('n', 0), spec.train
         def train():
             for i,r in enumerate(cls.stream(**{k: v for k,v in a.items() if k not in ('n', 'seed', 'stream')})):

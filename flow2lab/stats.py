@@ -10,8 +10,8 @@ __all__ = ['Z', 'MEMORY', 'TIME', 'z_value', 'wilson', 'half_width', 'min_detect
            'Totals', 'unpaired_diff', 'holm', 'beats', 'rank_ranges', 'pareto', 'simulate_scores', 'fmt', 'fmt_diff',
            'text_table', 'Comparison', 'compare', 'rank_range', 'simulate_study', 'best_by']
 
-# %% ../nbs/61_stats.ipynb #0aea514b
-import json, math, os, re, warnings
+# %% ../nbs/61_stats.ipynb #dd4b20af
+import json, math, re, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache

@@ -1,7 +1,7 @@
 "Evaluation against what others printed: a C program's greedy text, transformers' own loss, a real chat model"
 import math, subprocess, sys
 import pytest
-from flow2lab.core import base_folder, project_root
+from flow2lab.core import project_root
 
 data = project_root().parent/'shared/data'
 stories = data/'weights/stories260K'

@@ -1,10 +1,9 @@
 "Data files as people really have them: the real ones of ../shared/data, and hostile ones"
 import gzip, json, os, signal, subprocess, sys, textwrap, time
-from pathlib import Path
 import pytest
 from flow2lab import formats
 from flow2lab.core import UserError, project_root
-from flow2lab.formats import canonical, check, convert, inventory, raw_rows, read_rows, split, write_rows
+from flow2lab.formats import check, convert, inventory, raw_rows, read_rows, split, write_rows
 
 shared = project_root().parent/'shared'/'data'
 real = pytest.mark.skipif(not shared.is_dir(), reason='the real data of ../shared/data is not here')

@@ -1,6 +1,5 @@
 "Records as processes meet them: many writers, kills, full disks, and result files that others made"
 import json, os, random, shutil, signal, subprocess, sys, time, warnings
-from pathlib import Path
 import pytest
 from flow2lab.core import UserError, project_root
 from flow2lab.records import load_any, load_items, load_records, read_run, run_folders, summary

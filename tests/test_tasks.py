@@ -1,6 +1,5 @@
 """Tasks against files that nobody in this project wrote, the hub's layout read by `datasets`, and hostile files of predictions."""
 import json, random, subprocess, sys
-from pathlib import Path
 import pytest
 from flow2lab.core import UserError, project_root, task
 from flow2lab.tasks import arc, contamination, gsm8k, openmath, perplexity, score_file, squad_v2, windows
