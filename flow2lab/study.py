@@ -64,14 +64,14 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #7460ed8e
+# %% ../nbs/75_study.ipynb #6fe31b80
 _from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256, precision='bf16', weight_decay=.05, eval_every=50)
 _real = dict(_from_nothing, loss_on='all', eval_every=25)
 _rates = dict(transformer=1e-3, mamba=1e-3, mamba2=3e-3, moe=1e-3, hybrid=1e-3)
 PRETRAIN = dict(
     nano=AttrDict(size='nano', task='nano_text', task_args=dict(mix='recall'), train=dict(_from_nothing, tokens=800_000),
         eval=dict(nano_qa=400, nano_needle=400), lr=_rates),
-    small=AttrDict(size='nano', task='text', train=dict(_real, tokens=1_000_000, batch_tokens=2048, seq_len=512),
+    small=AttrDict(size='nano', task='text', train=dict(_real, tokens=600_000, batch_tokens=2048, seq_len=512),
         corpus=['webtext/wiki_demo.txt', 'webtext/c4_demo.jsonl', 'gutenberg/moby-dick-2701-0.txt', 'tinyshakespeare/input.txt'], limit=0, vocab=2048,
         eval=dict(perplexity=dict(path='wikitext2/valid.txt', n=20, window=512)), lr=_rates,
         beside='SmolLM2-135M-Instruct'),
