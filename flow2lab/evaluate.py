@@ -24,9 +24,10 @@ from .scan import fast_scan
 from .tasks import prompt_hash, windows
 from .train import eval_mode, prompt_text
 
-# %% ../nbs/50_evaluate.ipynb #38e55045
+# %% ../nbs/50_evaluate.ipynb #a5f6f130
 Score = namedtuple('Score', 'logprob tokens greedy truncated')
-Score.__doc__ = "A continuation: its log-likelihood in nats, its tokens, whether greedy decoding would write it, whether its prompt was cut"
+Score.__doc__ = "A continuation: its log-likelihood in nats, its tokens, whether greedy decoding would write it, " \
+    "whether its prompt was cut"
 Generation = namedtuple('Generation', 'text ids truncated')
 Generation.__doc__ = "An answer: its text up to a stop string, its token ids, whether it or its prompt was cut off"
 
@@ -38,7 +39,7 @@ def encode(tok, text):
     uses = bos is not None and (n>0 or tok('x')['input_ids'][0]==bos)
     return [bos]*uses + ids[n:]
 
-# %% ../nbs/50_evaluate.ipynb #83f41b93
+# %% ../nbs/50_evaluate.ipynb #8045596e
 def prompt_ids(tok, prompt):
     "Token ids of `prompt`: a text, messages, or ids as they are"
     if not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt): return list(prompt)
@@ -51,9 +52,11 @@ def pair_ids(tok, prompt, continuations):
         ids = [c if not isinstance(c, str) else tok(c, add_special_tokens=False)['input_ids'] for c in continuations]
     else:
         stem = prompt.rstrip(' '); n = len(prompt_ids(tok, stem))
-        ids = [encode(tok, stem + prompt[len(stem):] + c)[n:] for c in continuations] if stem else [encode(tok, c) for c in continuations]
+        ids = ([encode(tok, stem + prompt[len(stem):] + c)[n:] for c in continuations] if stem else
+               [encode(tok, c) for c in continuations])
         prompt = stem
-    if (bad := [c for c,i in zip(continuations, ids) if not len(i)]): raise UserError(f'continuation {bad[0]!r} has no tokens. Give every choice a text.')
+    if (bad := [c for c,i in zip(continuations, ids) if not len(i)]):
+        raise UserError(f'continuation {bad[0]!r} has no tokens. Give every choice a text.')
     return prompt_ids(tok, prompt), [list(i) for i in ids]
 
 # %% ../nbs/50_evaluate.ipynb #c99cb8d6
@@ -78,19 +81,21 @@ class Tree:
             if p>=0: a[i] |= a[p]
         return a
 
-# %% ../nbs/50_evaluate.ipynb #78fa083a
+# %% ../nbs/50_evaluate.ipynb #7e26709a
 @backend
 class hf:
     "A transformers model, with or without a PEFT adapter"
     def __init__(self, model, tok,
-                 batch_tokens:int=0,   # Tokens in one forward pass, 0 for 512 on a CPU and 32,768 on an accelerator
-                 cache_bytes:int=0,    # Of keys and values while decoding, 0 for 1 GiB on a CPU and 16 on an accelerator
-                 row_tokens:int=128,   # Tokens up to which questions share a row
-                 shortcuts=None):      # Trees and shared prefixes: True, False, or None to try whether this model allows them
+                 batch_tokens:int=0, # Tokens in one forward pass, 0 for 512 on a CPU and 32,768 on an accelerator
+                 cache_bytes:int=0,  # Of keys and values while decoding, 0 for 1 GiB on a CPU and 16 on an accelerator
+                 row_tokens:int=128, # Tokens up to which questions share a row
+                 # Trees and shared prefixes: True, False, or None to try whether this model allows them
+                 shortcuts=None):
         self.tok, self.row_tokens, self.whole = tok, row_tokens, model
         self.model = model.get_base_model() if hasattr(model, 'peft_config') else model
         cpu = self.model.device.type=='cpu'
-        self.batch_tokens, self.cache_bytes = batch_tokens or (512 if cpu else 2**15), cache_bytes or (2**30 if cpu else 2**34)
+        self.batch_tokens, self.cache_bytes = (batch_tokens or (512 if cpu else 2**15),
+                                               cache_bytes or (2**30 if cpu else 2**34))
         self.length, self.end, self.soft = max_length(self.model, tok), end_ids(self.model, tok), None
         with self.quiet():
             if shortcuts is None: shortcuts = self.agrees()
@@ -107,11 +112,11 @@ class hf:
         "No gradients, no dropout, and the fast fp32 product where there is one"
         import torch
         with torch.no_grad(), eval_mode(self.whole), fast_fp32(self.model), fast_scan(self.model, quiet=True): yield
-    def tensor(self, x): 
+    def tensor(self, x):
         import torch
         return torch.as_tensor(x, device=self.model.device)
 
-# %% ../nbs/50_evaluate.ipynb #526bd33b
+# %% ../nbs/50_evaluate.ipynb #81e4468c
 ENDS = '<|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> <end_of_turn> <eos> </s>'.split()
 
 def _cfg(model): return model.config.get_text_config() if hasattr(model.config, 'get_text_config') else model.config
@@ -126,12 +131,14 @@ def end_ids(model, tok):
     "Tokens that end an answer: what the model, the tokenizer or a known chat format calls so"
     said = getattr(getattr(model, 'generation_config', None), 'eos_token_id', None)
     added = tok.get_added_vocab()
-    return {*(said if isinstance(said, (list, tuple)) else [said]), tok.eos_token_id, *(added[t] for t in ENDS if t in added)} - {None}
+    return {*(said if isinstance(said, (list, tuple)) else [said]), tok.eos_token_id,
+            *(added[t] for t in ENDS if t in added)} - {None}
 
 def sliding_window(model):
     "Tokens that a layer looks back at most; infinite when every layer sees all"
     c = _cfg(model); w = getattr(c, 'sliding_window', None)
-    types = getattr(c, 'layer_types', None) or (['sliding_attention'] if getattr(c, 'use_sliding_window', True) else [])
+    types = (getattr(c, 'layer_types', None)
+             or (['sliding_attention'] if getattr(c, 'use_sliding_window', True) else []))
     return w if w and any('sliding' in t or 'chunked' in t for t in types) else math.inf
 
 # %% ../nbs/50_evaluate.ipynb #18b28933
@@ -149,7 +156,7 @@ def logits(self:hf, rows, cols, **kw):
     if head is None: return self.model(**kw).logits[rows, cols]
     with only_at(head, rows, cols): return self.model(**kw).logits[0]
 
-# %% ../nbs/50_evaluate.ipynb #58a48be8
+# %% ../nbs/50_evaluate.ipynb #669e1ba3
 @functools.lru_cache
 def _mkl_is_slow():
     import torch
@@ -159,17 +166,21 @@ def _mkl_is_slow():
 
 @contextlib.contextmanager
 def fast_fp32(model, on=None):
-    "In a `with` block, linear layers of an fp32 model on an AMD processor run through oneDNN where no gradient is wanted"
+    "In a `with` block, linear layers of an fp32 model on an AMD processor run through oneDNN " \
+    "where no gradient is wanted"
     import torch
-    F, op, linear, on = torch.nn.functional, torch.ops.mkldnn._linear_pointwise, torch.nn.functional.linear, _mkl_is_slow() if on is None else on
-    def fits(x, w): return (type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter) and x.dtype==w.dtype==torch.float32
-                            and x.numel()>=8*x.shape[-1] and x.is_cpu and w.is_contiguous() and not torch.is_grad_enabled())
+    F, op, linear, on = (torch.nn.functional, torch.ops.mkldnn._linear_pointwise, torch.nn.functional.linear,
+                         _mkl_is_slow() if on is None else on)
+    def fits(x, w):
+        return (type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
+                and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1]
+                and x.is_cpu and w.is_contiguous() and not torch.is_grad_enabled())
     def faster(x, w, b=None): return op(x.contiguous(), w, b, 'none', [], '') if fits(x, w) else linear(x, w, b)
     if on and model.device.type=='cpu' and model.dtype==torch.float32: F.linear = faster
     try: yield
     finally: F.linear = linear
 
-# %% ../nbs/50_evaluate.ipynb #d9241c7d
+# %% ../nbs/50_evaluate.ipynb #f547ffb7
 @functools.lru_cache
 def _room_layer():
     from transformers.cache_utils import DynamicLayer
@@ -178,7 +189,9 @@ def _room_layer():
         def __init__(self, bufs=None, used=0): super().__init__(); self.hold(bufs, used)
         def hold(self, bufs, used):
             self.bufs, self.is_initialized = bufs, bufs is not None
-            if bufs: self.keys, self.values = (b[:, :, :used] for b in bufs); self.dtype, self.device = bufs[0].dtype, bufs[0].device
+            if bufs:
+                self.keys, self.values = (b[:, :, :used] for b in bufs)
+                self.dtype, self.device = bufs[0].dtype, bufs[0].device
         def update(self, k, v, *args, **kw):
             n = self.keys.shape[2] if self.bufs else 0; m = n + k.shape[2]
             if not self.bufs or m>self.bufs[0].shape[2]: self.hold(self.roomy((k, v), n, m+64), n)
@@ -216,9 +229,10 @@ def join(caches, room):
         b = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], n+room, parts[0].shape[3])
         b[:, :, :n] = torch.cat(parts)
         return b
-    return new_cache(Room([buf([l.keys for l in ls]), buf([l.values for l in ls])], n) for ls in zip(*(c.layers for c in caches)))
+    return new_cache(Room([buf([l.keys for l in ls]), buf([l.values for l in ls])], n)
+                     for ls in zip(*(c.layers for c in caches)))
 
-# %% ../nbs/50_evaluate.ipynb #f5fdf193
+# %% ../nbs/50_evaluate.ipynb #33e9accc
 @patch
 def mask(self:hf, sees, before=0):
     "Additive attention mask (b, 1, l, before+l) from what each token sees (b, l, l); all see the `before` shared ones"
@@ -241,7 +255,8 @@ def read(self:hf,
         if not plain: sees[r,:n,:n] = t.sees()
     if plain: return self.logits(rows, cols, input_ids=self.tensor(ids), use_cache=False)
     kw = dict(past_key_values=fork(shared, b, l), use_cache=True) if shared else dict(use_cache=False)
-    return self.logits(rows, cols, input_ids=self.tensor(ids), position_ids=self.tensor(pos+before), attention_mask=self.mask(sees, before), **kw)
+    return self.logits(rows, cols, input_ids=self.tensor(ids), position_ids=self.tensor(pos+before),
+                       attention_mask=self.mask(sees, before), **kw)
 
 @patch
 def prefix(self:hf, ids):
@@ -250,19 +265,21 @@ def prefix(self:hf, ids):
     if len(ids): self.logits([0], [-1], input_ids=self.tensor([ids]), past_key_values=c, use_cache=True)
     return c
 
-# %% ../nbs/50_evaluate.ipynb #ff123450
+# %% ../nbs/50_evaluate.ipynb #4793686e
 @patch
 def soft_prompt(self:hf):
     "The cache of one row that has read the trained soft prompt; None for a model without one"
     cfg = getattr(self.whole, 'active_peft_config', None)
     if cfg is None or not getattr(cfg, 'is_prompt_learning', False): return
-    if not self.shortcuts: raise UserError(f'{cfg.peft_type.value}: this architecture takes no shared prefix. Choose a method that trains weights.')
+    if not self.shortcuts:
+        raise UserError(f'{cfg.peft_type.value}: this architecture takes no shared prefix. '
+                        'Choose a method that trains weights.')
     p = self.whole.get_prompt(batch_size=1)
     if hasattr(p, 'layers'): return new_cache(_room_layer()([l.keys, l.values], l.keys.shape[2]) for l in p.layers)
     c = new_cache(); self.model(inputs_embeds=p.to(self.model.dtype), past_key_values=c, use_cache=True)
     return c
 
-# %% ../nbs/50_evaluate.ipynb #d74f2aa8
+# %% ../nbs/50_evaluate.ipynb #9375c29c
 @patch
 def agrees(self:hf):
     "Do shared prefix, tree and padding leave the logits of this model as they are?"
@@ -271,15 +288,17 @@ def agrees(self:hf):
     n = self.model.get_input_embeddings().weight.shape[0]
     x = np.random.default_rng(0).integers(0, min(n, 1000), 24).tolist()
     prompt, options = x[:9], [x[9:15], x[15:19], x[19:]]
-    naive = torch.cat([self.logits([0]*len(o), range(8, 8+len(o)), input_ids=self.tensor([prompt+o]), use_cache=False) for o in options])
+    naive = torch.cat([self.logits([0]*len(o), range(8, 8+len(o)), input_ids=self.tensor([prompt+o]), use_cache=False)
+                       for o in options])
     trees = [Tree(), Tree()]
     at = [(r,i) for r,o in zip((0, 0, 1), options) for i in trees[r].add(prompt[5:]+o)[3:-1]]
     try: fast = self.read(trees, *zip(*at), shared=self.prefix(prompt[:5]))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError): return False
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return False
     rough = self.model.dtype!=torch.float32 or is_quantized(self.whole)
     return bool((fast-naive).float().pow(2).mean().sqrt() < (5e-2 if rough else 1e-3)*naive.float().std())
 
-# %% ../nbs/50_evaluate.ipynb #bb1d86dc
+# %% ../nbs/50_evaluate.ipynb #ed99815a
 def common(seqs, least=8):
     "Tokens that all of `seqs` begin with, leaving one of each; 0 when fewer than `least` or only one sequence"
     a, b, n = min(seqs), max(seqs), min(map(len, seqs))-1
@@ -303,7 +322,8 @@ def lay(qs,            # (prompt, continuations) in tokens
 def fit(self:hf, ids, room):
     "`ids` cut on the left so that `room` more tokens fit, and whether they were"
     n = self.length - room - (self.soft.get_seq_length() if self.soft else 0)
-    if n<1: raise UserError(f'{room} tokens to write or to score: the model takes {self.length} in all. Ask for fewer.')
+    if n<1:
+        raise UserError(f'{room} tokens to write or to score: the model takes {self.length} in all. Ask for fewer.')
     if len(ids)<=n: return ids, False
     head = ids[:1] if ids[0]==self.tok.bos_token_id and n>1 else []
     return head + ids[len(ids)-n+len(head):], True
@@ -319,15 +339,15 @@ def batches(self:hf, sizes, before=0, most=0):
         order = order[n:]
 
 @patch
-def kv_bytes(self:hf): 
+def kv_bytes(self:hf):
     try: return int(kv_bytes_per_token(self.model.config, self.model.dtype.itemsize)) or 2**14
     except (AttributeError, TypeError, UserError): return 2**14      # a model without attention heads
 
-# %% ../nbs/50_evaluate.ipynb #b5b4fa7e
+# %% ../nbs/50_evaluate.ipynb #82e9a4d4
 @patch
 def loglikelihood(self:hf,
-                  pairs,        # (prompt, [continuation, ...]) of texts, messages or token ids
-                  done=None):   # Called after each batch with the questions that its options belong to, and its seconds
+                  pairs,       # (prompt, [continuation, ...]) of texts, messages or token ids
+                  done=None):  # Called after each batch with the questions that its options belong to, and its seconds
     "Of each pair, a `Score` for each continuation"
     import torch
     qs = [pair_ids(self.tok, *p) for p in pairs]
@@ -341,7 +361,8 @@ def loglikelihood(self:hf,
         most = min(self.batch_tokens, self.cache_bytes//(8*_cfg(self.model).vocab_size))
         for b in self.batches([len(t) for t,_ in rows], shared.get_seq_length() if shared else 0, most):
             start, who = time.perf_counter(), [(r,*w) for r,k in enumerate(b) for w in rows[k][1]]
-            for (i,j),s in self.score_batch([rows[k][0] for k in b], who, qs, shared).items(): out[i][j] = s._replace(truncated=fits[i][1])
+            for (i,j),s in self.score_batch([rows[k][0] for k in b], who, qs, shared).items():
+                out[i][j] = s._replace(truncated=fits[i][1])
             if done: done([i for _,i,_,_ in who], time.perf_counter()-start)
     return out
 
@@ -365,12 +386,14 @@ def shorten(self:hf, prompts, longest):
     "(may shortcuts be used, tokens shared by all prompts, their cache) for sequences of up to `longest` tokens"
     n = longest + (self.soft.get_seq_length() if self.soft else 0)
     if not self.shortcuts or n>self.window:
-        if self.soft: raise UserError(f'a soft prompt and {longest} tokens: this model looks back {self.window} only. Shorten the prompts.')
+        if self.soft:
+            raise UserError(f'a soft prompt and {longest} tokens: this model looks back {self.window} only. '
+                            'Shorten the prompts.')
         return False, 0, None
     skip = common(prompts) if prompts else 0
     return True, skip, self.prefix(prompts[0][:skip]) if skip or self.soft else None
 
-# %% ../nbs/50_evaluate.ipynb #504d4d8d
+# %% ../nbs/50_evaluate.ipynb #963b4e5a
 @patch
 def stops(self:hf, ids, stop):
     "Whether the end of `ids` holds a stop string"
@@ -396,13 +419,15 @@ def generate(self:hf,
              done=None):          # Called after each batch with its prompts' indices and its seconds
     "A `Generation` for each prompt"
     soft = self.soft.get_seq_length() if self.soft else 0
-    fits = [(p, False) if max(len(p), max_new_tokens)<self.length-soft else self.fit(p, max_new_tokens) for p in (prompt_ids(self.tok, p) for p in prompts)]
+    fits = [(p, False) if max(len(p), max_new_tokens)<self.length-soft else self.fit(p, max_new_tokens)
+            for p in (prompt_ids(self.tok, p) for p in prompts)]
     ps, out, end = [p for p,_ in fits], [None]*len(fits), self.end if ends else set()
     if not ps: return []
     with self.quiet():
         short, skip, shared = self.shorten(ps, max(map(len, ps))+max_new_tokens)
         before = shared.get_seq_length() if shared else 0
-        for b in self.batches([len(p)-skip+max_new_tokens for p in ps], before) if short else same_length(ps, self.batch_tokens):
+        for b in (self.batches([len(p)-skip+max_new_tokens for p in ps], before) if short else
+                  same_length(ps, self.batch_tokens)):
             start = time.perf_counter()
             limits = [min(max_new_tokens, self.length-soft-len(ps[i])) for i in b]
             say = (lambda r,t: on_token(b[r], t)) if on_token else None
@@ -419,7 +444,7 @@ def same_length(ps, most):
     for n,g in sorted(by.items(), reverse=True):
         k = max(1, most//n); yield from (g[j:j+k] for j in range(0, len(g), k))
 
-# %% ../nbs/50_evaluate.ipynb #a76cfb33
+# %% ../nbs/50_evaluate.ipynb #99c27e20
 @patch
 def decode(self:hf, ps, limits, stop, end, pick, say, shared):
     "Token ids written after each of the token lists `ps`, which follow the `shared` prefix"
@@ -441,7 +466,8 @@ def decode(self:hf, ps, limits, stop, end, pick, say, shared):
             rows = self.tensor(left); keep(cache, rows)
             x, pos, mask, live = x[rows], pos[rows], mask[rows], [live[j] for j in left]
         pos = pos+1
-        lg = self.logits(range(len(live)), [0]*len(live), input_ids=x[:, None], position_ids=pos, past_key_values=cache,
+        lg = self.logits(range(len(live)), [0]*len(live), input_ids=x[:, None], position_ids=pos,
+                         past_key_values=cache,
                          attention_mask=mask[..., :n] if not real.all() else None, use_cache=True)
     return outs
 
@@ -472,7 +498,8 @@ def take(self:hf, tokens, live, outs, limits, stop, end, say):
 @patch
 def decode_plain(self:hf, ps, limits, stop, end, pick, say, shared):
     "The same by `model.generate`, for models without shortcuts; the prompts have equal length"
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+    from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria,
+                              StoppingCriteriaList)
     n, outs, live = len(ps[0]), [[] for _ in ps], set(range(len(ps)))
     class Take(StoppingCriteria):
         def __call__(s, ids, scores, **kw):
@@ -480,14 +507,16 @@ def decode_plain(self:hf, ps, limits, stop, end, pick, say, shared):
             live.intersection_update({rows[j] for j in left})
             return self.tensor([r not in live for r in range(len(ps))])
     class Pick(LogitsProcessor):
-        def __call__(s, ids, scores): return scores.new_full(scores.shape, -math.inf).scatter_(1, pick(scores)[:, None], 0.)
+        def __call__(s, ids, scores):
+            return scores.new_full(scores.shape, -math.inf).scatter_(1, pick(scores)[:, None], 0.)
     cfg = GenerationConfig(max_new_tokens=limits[0], do_sample=False, pad_token_id=0, eos_token_id=None)
     x = self.tensor(ps)
-    self.model.generate(x, attention_mask=x.new_ones(x.shape), generation_config=cfg, stopping_criteria=StoppingCriteriaList([Take()]),
+    self.model.generate(x, attention_mask=x.new_ones(x.shape), generation_config=cfg,
+                        stopping_criteria=StoppingCriteriaList([Take()]),
                         logits_processor=LogitsProcessorList([Pick()] if pick else []))
     return outs
 
-# %% ../nbs/50_evaluate.ipynb #7850744d
+# %% ../nbs/50_evaluate.ipynb #f7e7e9e5
 def window_pairs(be, texts,
                  window=0, stride=0):   # Tokens; 0 for the model's context (2,048 at most) and for half a window
     "(pairs to score, the text that each belongs to): every token of every text once"
@@ -496,7 +525,8 @@ def window_pairs(be, texts,
     for i,text in enumerate(texts):
         ids = encode(tok, text)
         ids = ids if ids[:1]==[start] else [start] + ids
-        for b,e,first in windows(len(ids), min(window or 2048, be.length), stride): pairs.append((ids[b:first], [ids[first:e]])); of.append(i)
+        for b,e,first in windows(len(ids), min(window or 2048, be.length), stride):
+            pairs.append((ids[b:first], [ids[first:e]])); of.append(i)
     return pairs, of
 
 def text_nll(scores, of):
@@ -513,7 +543,7 @@ def perplexity(be, texts, window=0, stride=0):
     nll, n, size = math.fsum(d['nll'] for d in ds), sum(d['tokens'] for d in ds), sum(len(t.encode()) for t in texts)
     return dict(perplexity=math.exp(nll/n), bits_per_byte=nll/math.log(2)/size, nats=nll, tokens=n, bytes=size)
 
-# %% ../nbs/50_evaluate.ipynb #5d1f3852
+# %% ../nbs/50_evaluate.ipynb #8d132940
 def ask_choice(be, t, prompts, done):
     "The likeliest option of each prompt, by its log-likelihood"
     scores = be.loglikelihood([(p['messages'], p['choices']) for p in prompts], done=done)
@@ -527,7 +557,8 @@ def ask_generate(be, t, prompts, done):
 
 def ask_loglikelihood(be, t, prompts, done):
     "How well the texts are predicted"
-    pairs, of = window_pairs(be, [p['text'] for p in prompts], prompts[0].get('window', 0), prompts[0].get('stride', 0))
+    pairs, of = window_pairs(be, [p['text'] for p in prompts],
+                             prompts[0].get('window', 0), prompts[0].get('stride', 0))
     done.left = np.bincount(of).tolist()
     ds = text_nll(be.loglikelihood(pairs, done=lambda idx, s: done([of[k] for k in idx], s)), of)
     return ds, [to_json(d) for d in ds], [False]*len(ds), None
@@ -545,18 +576,20 @@ class Meter:
             self.seconds[i] += seconds/len(items); self.left[i] -= 1
             self.bar.update(not self.left[i])
 
-# %% ../nbs/50_evaluate.ipynb #a7a97b50
+# %% ../nbs/50_evaluate.ipynb #e986700c
 ITEMS = 'task item prompt_hash prediction score metrics truncated unparsed seconds'.split()
 
 def evaluate_task(be, name, args, progress=True):
     "(items, metrics) of the task `name` with `load` arguments `args`"
     t = task[name]; rows = t.load(**args); prompts = [t.render(r) for r in rows]
-    meter, start = Meter(name, [len(p['choices']) if t.kind=='choice' else 1 for p in prompts], progress), time.perf_counter()
+    meter, start = (Meter(name, [len(p['choices']) if t.kind=='choice' else 1 for p in prompts], progress),
+                    time.perf_counter())
     said, shown, cut, new = ASK[t.kind](be, t, prompts, meter)
     seconds = time.perf_counter()-start; meter.bar.close()
     scores = [dict(t.score(r, p), truncated=int(c)) for r,p,c in zip(rows, said, cut)]
     finite = lambda s: {k: v for k,v in s.items() if v is None or math.isfinite(v)}
-    items = [dict(task=name, item=r['id'], prompt_hash=prompt_hash(p), prediction=a, score=finite(s).get(t.primary()), metrics=to_json(finite(s)),
+    items = [dict(task=name, item=r['id'], prompt_hash=prompt_hash(p), prediction=a,
+                  score=finite(s).get(t.primary()), metrics=to_json(finite(s)),
                   truncated=c, unparsed=bool(s.get('unparsed', 0)), seconds=w)
              for r,p,a,s,c,w in zip(rows, prompts, shown, scores, cut, meter.seconds)]
     return items, task_metrics(t, name, scores, seconds, new)
@@ -572,7 +605,7 @@ def task_metrics(t, name, scores, seconds, new=None):
                                     tokens_per_s=dict(value=new/seconds, unit='tokens/s', direction='max', n=n))
     return {f'{name}/{k}': v for k,v in said.items()}
 
-# %% ../nbs/50_evaluate.ipynb #00612ce7
+# %% ../nbs/50_evaluate.ipynb #dc5fc8b8
 @dataclass
 class Evaluation:
     "What an evaluation gave: `items`, one row each, and `metrics` by name with unit and direction"
@@ -593,7 +626,8 @@ def load_backend(base,            # Shipped name, folder (full, quantized, adapt
     return backend[name].load(base, dtype=dtype)
 
 def backend_for(spec, model, tok):
-    "The backend that `spec` names: for its untouched base from where that lies, else for the `model` that the run has made"
+    "The backend that `spec` names: for its untouched base from where that lies, " \
+    "else for the `model` that the run has made"
     if spec.backend=='hf' or spec.task or not isinstance(spec.base, str): return backend[spec.backend](model, tok)
     return load_backend(spec.base, spec.backend, spec.dtype)
 
@@ -620,19 +654,23 @@ def evaluate(model,               # A transformers model, or a backend that is r
 def memory_metrics(what, memory):
     "Peak memory as metrics: of the process on a CPU; allocated, and reserved by the allocator, on a GPU"
     b = lambda v: dict(value=v, unit='bytes', direction='min')
-    if memory.allocated: return {f'{what}/peak_memory': b(memory.allocated), f'{what}/memory_reserved': b(memory.reserved)}
+    if memory.allocated:
+        return {f'{what}/peak_memory': b(memory.allocated), f'{what}/memory_reserved': b(memory.reserved)}
     return {f'{what}/peak_memory': b(memory.resident)}
 
-# %% ../nbs/50_evaluate.ipynb #4b98f29f
+# %% ../nbs/50_evaluate.ipynb #22deec20
 def nll_by_position(model, tok, text,
                     window:int=1024,  # Tokens read at once
                     windows:int=4,    # How many, side by side from the start of `text`
                     buckets:int=8):   # Ranges of positions, each twice as long as the one before
-    "DataFrame of `position` (middle of the range), `nll` in nats a token, its standard error `se` over tokens, and `n`"
+    "DataFrame of `position` (middle of the range), `nll` in nats a token, its standard error `se` over tokens, " \
+    "and `n`"
     import pandas as pd, torch
-    be = hf(model, tok, shortcuts=False); ids = np.array(tok(text[:window*windows*12], add_special_tokens=False).input_ids)
+    be = hf(model, tok, shortcuts=False)
+    ids = np.array(tok(text[:window*windows*12], add_special_tokens=False).input_ids)
     rows = len(ids)//window
-    if rows<1: raise UserError(f'a text of {len(ids)} tokens, but window={window}. Give a longer text or a shorter window.')
+    if rows<1:
+        raise UserError(f'a text of {len(ids)} tokens, but window={window}. Give a longer text or a shorter window.')
     ids, nll = ids[:min(rows, windows)*window].reshape(-1, window), []
     with be.quiet():
         for row in ids:
@@ -640,5 +678,6 @@ def nll_by_position(model, tok, text,
             nll.append(-lp.gather(1, be.tensor(row[1:,None]))[:,0].cpu().numpy())
     nll, edges = np.stack(nll), sorted({0, *(round(window/2**i) for i in range(buckets)), window-1})
     edges = [e for e in edges if e<window]
-    out = [dict(position=(a+b)/2+1, nll=(x := nll[:,a:b]).mean(), se=x.std(ddof=1)/x.size**.5, n=x.size) for a,b in zip(edges, edges[1:]) if b-a>0 and len(nll)*(b-a)>1]
+    out = [dict(position=(a+b)/2+1, nll=(x := nll[:,a:b]).mean(), se=x.std(ddof=1)/x.size**.5, n=x.size)
+           for a,b in zip(edges, edges[1:]) if b-a>0 and len(nll)*(b-a)>1]
     return pd.DataFrame(out)
