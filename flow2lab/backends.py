@@ -15,9 +15,10 @@ import numpy as np
 from .core import UserError, backend, base_folder
 from .evaluate import Score, end_ids, hf, pair_ids, prompt_ids
 
-# %% ../nbs/52_backends.ipynb #0806305f
+# %% ../nbs/52_backends.ipynb #133b5398
 class Sequential:
-    "A backend that remembers one sequence. An engine gives `forget(n)`, which keeps the first n tokens, and `feed(ids)`, which returns logits (len(ids), vocab)"
+    "A backend that remembers one sequence. An engine gives `forget(n)`, which keeps the first n tokens, " \
+    "and `feed(ids)`, which returns logits (len(ids), vocab)"
     def setup(self, tok, length, end): self.tok, self.length, self.end, self.held = tok, length, end, []
     stops, answer = hf.stops, hf.answer
     def read(self, ids, want=1):
@@ -29,7 +30,9 @@ class Sequential:
     def fit(self, ids, room):
         "`ids` cut on the left so that `room` more tokens fit, and whether they were"
         n = self.length-room
-        if n<1: raise UserError(f'{room} tokens to write or to score: the model takes {self.length} in all. Ask for fewer.')
+        if n<1:
+            raise UserError(f'{room} tokens to write or to score: '
+                            f'the model takes {self.length} in all. Ask for fewer.')
         if len(ids)<=n: return ids, False
         head = ids[:1] if ids[0]==self.tok.bos_token_id and n>1 else []
         return head + ids[len(ids)-n+len(head):], True
@@ -54,7 +57,8 @@ class Sequential:
             start, ids = time.perf_counter(), prompt_ids(self.tok, p)
             ids, cut = (ids, False) if max(len(ids), max_new_tokens)<self.length else self.fit(ids, max_new_tokens)
             limit = min(max_new_tokens, self.length-len(ids))
-            out.append(self.answer(self.decode(i, ids, limit, stop, self.end if ends else (), pick, on_token), limit, stop, cut))
+            out.append(self.answer(
+                self.decode(i, ids, limit, stop, self.end if ends else (), pick, on_token), limit, stop, cut))
             if done: done([i], time.perf_counter()-start)
         return out
     def decode(self, i, ids, limit, stop, end, pick, on_token):
@@ -72,9 +76,11 @@ def _torch(x):
     import torch
     return torch.from_numpy(np.ascontiguousarray(x))
 
-# %% ../nbs/52_backends.ipynb #20297ce2
+# %% ../nbs/52_backends.ipynb #26e4af6d
 def _needs(package, extra):
-    if importlib.util.find_spec(package) is None: raise UserError(f'backend {extra}: the package {package} is missing. Install it: pip install "flow2lab[{extra}]".')
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f'backend {extra}: the package {package} is missing. '
+                        f'Install it: pip install "flow2lab[{extra}]".')
 
 def _through_folder(model):
     "A transformers model, merged where it carries an adapter, in a temporary folder"
@@ -89,12 +95,14 @@ _RENAMED = dict(     # By model type: what mlx-lm asks of a config under another
     qwen3_moe=lambda c: dict(num_experts=c['num_local_experts'], rope_theta=c['rope_parameters']['rope_theta']),
     mamba2=lambda c: dict(intermediate_size=c['expand']*c['hidden_size']),
     granitemoehybrid=lambda c: dict(layer_types=[_KINDS.get(k, k) for k in c['layer_types']],
-                                    intermediate_size=c['intermediate_size' if c['num_local_experts'] else 'shared_intermediate_size']))
+                                    intermediate_size=c['intermediate_size' if c['num_local_experts'] else
+                                                        'shared_intermediate_size']))
 
 def _mlx_config(folder):
     "A model folder's config in mlx-lm's words, where they differ"
     c = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
-    endless = {k: [float('inf') if x=={'__float__': 'Infinity'} else x for x in v] for k,v in c.items() if k=='time_step_limit'}
+    endless = {k: [float('inf') if x=={'__float__': 'Infinity'} else x for x in v]
+               for k,v in c.items() if k=='time_step_limit'}
     try: return {**_RENAMED.get(c.get('model_type'), lambda c: {})(c), **endless}
     except KeyError: return endless      # an older config, in its own words
 
@@ -108,10 +116,12 @@ class mlx(Sequential):
         import mlx.core as mx
         from mlx_lm.utils import load_model
         self.model, cfg = load_model(Path(model), model_config=_mlx_config(model))
-        want = dict(fp32=mx.float32, bf16=mx.bfloat16, fp16=mx.float16).get(dtype, mx.float32 if mx.default_device()==mx.cpu else None)
+        want = dict(fp32=mx.float32, bf16=mx.bfloat16, fp16=mx.float16).get(
+            dtype, mx.float32 if mx.default_device()==mx.cpu else None)
         if want is not None: self.model.set_dtype(want)
         mx.eval(self.model.parameters())      # here and now: another thread could not finish what this one left lazy
-        self.setup(tok, cfg.get('max_position_embeddings') or tok.model_max_length, end_ids(_says_ends(model), tok)); self.forget(0)
+        self.setup(tok, cfg.get('max_position_embeddings') or tok.model_max_length, end_ids(_says_ends(model), tok))
+        self.forget(0)
     @classmethod
     def load(cls, base, dtype='auto', **kw):
         "From a shipped name or folder (full, quantized by MLX, adapter, of a run)"
@@ -119,7 +129,8 @@ class mlx(Sequential):
         from flow2lab.quantize import folder_info, model_folder, open_model
         _needs('mlx_lm', 'mlx')
         f = model_folder(base_folder(base) or base)
-        if f and ((f/'adapter_config.json').is_file() or 'quantizer' in folder_info(f)): return cls(*open_model(f), dtype=dtype, **kw)
+        if f and ((f/'adapter_config.json').is_file() or 'quantizer' in folder_info(f)):
+            return cls(*open_model(f), dtype=dtype, **kw)
         where, gguf = locate(f or base)
         if gguf: return cls(*open_model(base), dtype=dtype, **kw)
         if not Path(where).is_dir():
@@ -128,7 +139,8 @@ class mlx(Sequential):
         return cls(where, load_tokenizer(f or base), dtype=dtype, **kw)
     def forget(self, n):
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-        if n and n<len(self.held) and not can_trim_prompt_cache(self.cache): n = 0        # a recurrent state cannot go back
+        # a recurrent state cannot go back
+        if n and n<len(self.held) and not can_trim_prompt_cache(self.cache): n = 0
         if n: trim_prompt_cache(self.cache, len(self.held)-n)
         else: self.cache = make_prompt_cache(self.model)
         self.held = self.held[:n]
@@ -140,18 +152,21 @@ class mlx(Sequential):
 def _says_ends(folder):
     "What a model folder says about the ids that end an answer"
     for f in ('generation_config.json', 'config.json'):
-        if (p := Path(folder)/f).is_file() and (e := json.loads(p.read_text(encoding='utf-8')).get('eos_token_id')) is not None:
+        if ((p := Path(folder)/f).is_file()
+            and (e := json.loads(p.read_text(encoding='utf-8')).get('eos_token_id')) is not None):
             return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=e))
     return SimpleNamespace()
 
-# %% ../nbs/52_backends.ipynb #44c3b8f3
+# %% ../nbs/52_backends.ipynb #e70171e5
 def trained_context(path):
     "Tokens that the model in a GGUF file was made for, read without its weights"
     import ctypes, llama_cpp as c
     from llama_cpp._logger import set_verbose
     set_verbose(False)
     p = c.llama_model_default_params(); p.vocab_only, buf = True, ctypes.create_string_buffer(256)
-    if not (m := c.llama_model_load_from_file(str(path).encode(), p)): raise UserError(f'{Path(path).name}: llama.cpp cannot read it. Is it whole, and does this version know its architecture?')
+    if not (m := c.llama_model_load_from_file(str(path).encode(), p)):
+        raise UserError(f'{Path(path).name}: llama.cpp cannot read it. '
+                        'Is it whole, and does this version know its architecture?')
     def says(key): c.llama_model_meta_val_str(m, key.encode(), buf, len(buf)); return buf.value.decode()
     try: return int(says(says('general.architecture')+'.context_length'))
     finally: c.llama_model_free(m)
@@ -166,13 +181,18 @@ class gguf(Sequential):
         _needs('llama_cpp', 'gguf')
         import torch
         from llama_cpp import Llama
-        if hasattr(path, 'save_pretrained'): raise UserError('backend gguf: runs GGUF files only. Convert the model with llama.cpp, or use backend hf.')
+        if hasattr(path, 'save_pretrained'):
+            raise UserError('backend gguf: runs GGUF files only. '
+                            'Convert the model with llama.cpp, or use backend hf.')
         n = threads or torch.get_num_threads()
         length = min(context, trained_context(path))
-        self.model = Llama(str(path), n_ctx=length, n_batch=min(512, length), n_threads=n, n_threads_batch=n, logits_all=True, verbose=False,
-                           type_k=0, type_v=0)      # keys and values in fp32: llama.cpp's fp16 moves a log-likelihood by 0.01
-        weakref.finalize(self, self.model.close); eos = self.model.token_eos()      # at exit its own clean-up comes too late and says so
-        self.setup(tok, length, end_ids(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos if eos>=0 else None)), tok))
+        # keys and values in fp32: llama.cpp's fp16 moves a log-likelihood by 0.01
+        self.model = Llama(str(path), n_ctx=length, n_batch=min(512, length), n_threads=n, n_threads_batch=n,
+                           logits_all=True, verbose=False, type_k=0, type_v=0)
+        weakref.finalize(self, self.model.close)      # at exit its own clean-up comes too late and says so
+        eos = self.model.token_eos()
+        self.setup(tok, length, end_ids(
+            SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos if eos>=0 else None)), tok))
     @classmethod
     def load(cls, base, dtype='auto', **kw):
         "From a GGUF file, a folder that holds one, or a model that a package carries"
