@@ -182,7 +182,7 @@ class Engine:
     def flush(self):
         if self.events: out = self.events[:]; del self.events[:len(out)]; self.deliver(out)
 
-# %% ../nbs/80_serve.ipynb #f597d368
+# %% ../nbs/80_serve.ipynb #b22ea63e
 @patch
 def loop(self:Engine):
     "Work while there is work, sleep while there is none, until closed"
@@ -236,8 +236,10 @@ def one(self:Engine, job):
         if not more or self.closed: raise Enough
     pick = lambda lg: torch.tensor(draw(lg, [job]), device=lg.device)
     try: self.be.generate([job.ids], job.limit, pick=pick if job.temperature else None, on_token=on_token)
-    except Enough: return
-    if not job.over: job.finish('stop')                          # the backend met an end token
+    except Enough: pass
+    if job.over: return
+    if self.closed: job.say('error', (503, 'the server stops'))
+    else: job.finish('stop')                                     # the backend met an end token
 
 @patch
 def broken(self:Engine, e):
