@@ -9,25 +9,31 @@ __all__ = ['SCALES', 'PRETRAIN', 'COSTS', 'scale_of', 'base_spec', 'trained_spec
            'with_text', 'pretrained_spec', 'Finding', 'finding', 'curves', 'loss_at', 'findings_table', 'finding_line',
            'told', 'Agreement', 'agreement', 'studies', 'study_folder', 'StudyResult', 'save_answer', 'run_study']
 
-# %% ../nbs/75_study.ipynb #23ef0c36
+# %% ../nbs/75_study.ipynb #c05e0721
 import json, math, os, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import AttrDict
-from .core import (Spec, UserError, atomic_write, check_names, find_data, nearest, project_path, relative, results_path, setting, to_json)
+from .core import (Spec, UserError, atomic_write, check_names, find_data, nearest, project_path, relative,
+                           results_path, setting, to_json)
 from .records import load_items, load_records, load_steps, run_folders, summary
 from .stats import compare, fmt_diff, holm, paired_diff, t_interval
 
-# %% ../nbs/75_study.ipynb #2a928884
-_full_lr = dict(full=1e-5, lora=2e-4, rslora=1e-4, dora=2e-4, vera=4e-3, pissa=1e-4, ia3=3e-3, loha=2e-4, lokr=5e-4, oft=2e-4, adalora=5e-4, prompt_tuning=3e-2)
+# %% ../nbs/75_study.ipynb #b6326965
+_full_lr = dict(full=1e-5, lora=2e-4, rslora=1e-4, dora=2e-4, vera=4e-3, pissa=1e-4, ia3=3e-3, loha=2e-4, lokr=5e-4,
+                oft=2e-4, adalora=5e-4, prompt_tuning=3e-2)
 SCALES = dict(
     nano=AttrDict(base='nano', smaller='micro', task='nano_math', task_args=dict(n=400),
-        eval=dict(nano_math=200, nano_choice=200, nano_qa=200), dtype='fp32', quant_args=dict(head='fp32'), ranks=(1, 4, 16),
+        eval=dict(nano_math=200, nano_choice=200, nano_qa=200),
+        dtype='fp32', quant_args=dict(head='fp32'), ranks=(1, 4, 16),
         train=dict(epochs=2, batch_tokens=1024, seq_len=256, precision='bf16'),
-        lr=dict(full=2e-3, lora=1e-2, rslora=5e-3, dora=1e-2, vera=2e-1, pissa=3e-3, ia3=2e-1, loha=1e-2, lokr=1e-2, oft=5e-3, adalora=5e-3, prompt_tuning=1e-1)),
-    small=AttrDict(base='SmolLM2-135M-Instruct', smaller='SmolLM2-135M-Instruct', task='gsm8k', task_args=dict(n=240, path='gsm8k/train_first1500.jsonl'),
-        eval=dict(gsm8k=dict(n=80, path='gsm8k/test.jsonl'), arc=dict(n=200, subset='easy', path='arc/arc_easy_test.jsonl'),
+        lr=dict(full=2e-3, lora=1e-2, rslora=5e-3, dora=1e-2, vera=2e-1, pissa=3e-3, ia3=2e-1, loha=1e-2, lokr=1e-2,
+                oft=5e-3, adalora=5e-3, prompt_tuning=1e-1)),
+    small=AttrDict(base='SmolLM2-135M-Instruct', smaller='SmolLM2-135M-Instruct',
+        task='gsm8k', task_args=dict(n=240, path='gsm8k/train_first1500.jsonl'),
+        eval=dict(gsm8k=dict(n=80, path='gsm8k/test.jsonl'),
+                  arc=dict(n=200, subset='easy', path='arc/arc_easy_test.jsonl'),
                   squad_v2=dict(n=80, path='squad_v2/dev.json')), dtype='bf16', quant_args={}, ranks=(8, 32, 128),
         train=dict(epochs=1, batch_tokens=2048, seq_len=1024, precision='bf16'),
         lr={**_full_lr, 'full': 5e-5, 'lora': 1e-3, 'dora': 1e-3}),
@@ -64,23 +70,29 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #6fe31b80
-_from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256, precision='bf16', weight_decay=.05, eval_every=50)
+# %% ../nbs/75_study.ipynb #726742ee
+_from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256,
+                     precision='bf16', weight_decay=.05, eval_every=50)
 _real = dict(_from_nothing, loss_on='all', eval_every=25)
 _rates = dict(transformer=1e-3, mamba=1e-3, mamba2=3e-3, moe=1e-3, hybrid=1e-3)
 PRETRAIN = dict(
-    nano=AttrDict(size='nano', task='nano_text', task_args=dict(mix='recall'), train=dict(_from_nothing, tokens=800_000),
+    nano=AttrDict(size='nano', task='nano_text', task_args=dict(mix='recall'),
+        train=dict(_from_nothing, tokens=800_000),
         eval=dict(nano_qa=400, nano_needle=400), lr=_rates),
     small=AttrDict(size='nano', task='text', train=dict(_real, tokens=600_000, batch_tokens=2048, seq_len=512),
-        corpus=['webtext/wiki_demo.txt', 'webtext/c4_demo.jsonl', 'gutenberg/moby-dick-2701-0.txt', 'tinyshakespeare/input.txt'], limit=0, vocab=2048,
+        corpus=['webtext/wiki_demo.txt', 'webtext/c4_demo.jsonl', 'gutenberg/moby-dick-2701-0.txt',
+                'tinyshakespeare/input.txt'], limit=0, vocab=2048,
         eval=dict(perplexity=dict(path='wikitext2/valid.txt', n=20, window=512)), lr=_rates,
         beside='SmolLM2-135M-Instruct'),
-    full=AttrDict(size='small', task='text', train=dict(_real, tokens=2_500_000_000, batch_tokens=2**19, micro_tokens=2**15, seq_len=1024),
-        corpus=['fineweb_edu'], limit=4_000_000, vocab=32_000, eval=dict(perplexity=dict(subset='wikitext-103-raw-v1', window=1024)),
+    full=AttrDict(size='small', task='text',
+        train=dict(_real, tokens=2_500_000_000, batch_tokens=2**19, micro_tokens=2**15, seq_len=1024),
+        corpus=['fineweb_edu'], limit=4_000_000, vocab=32_000,
+        eval=dict(perplexity=dict(subset='wikitext-103-raw-v1', window=1024)),
         lr={a: r/2 for a,r in _rates.items()}, beside='HuggingFaceTB/SmolLM2-135M'))
 
 def with_text(p, name):     # p: of PRETRAIN
-    "`p` with its corpus cleaned, a tokenizer of its own and packed sequences in data/outputs/`name`; what is there already is not done again"
+    "`p` with its corpus cleaned, a tokenizer of its own and packed sequences in data/outputs/`name`; " \
+    "what is there already is not done again"
     if 'corpus' not in p: return p
     from flow2lab.corpus import prepare
     from flow2lab.tokenize import make_tokenizer, pack_corpus
@@ -93,28 +105,35 @@ def with_text(p, name):     # p: of PRETRAIN
 def pretrained_spec(arch, seed=0, p='nano', **kw):
     "A preset of architecture `arch` trained from nothing as `p` says, a scale or what `with_text` made of one"
     p = PRETRAIN[p] if isinstance(p, str) else p; train = {**p.train, 'lr': p.lr[arch], **kw.pop('train', {})}
-    return Spec(**{**dict(base=f'{arch}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full', eval=p.eval, train=train, seed=seed), **kw})
+    return Spec(**{**dict(base=f'{arch}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full',
+                          eval=p.eval, train=train, seed=seed), **kw})
 
-# %% ../nbs/75_study.ipynb #d32191c6
+# %% ../nbs/75_study.ipynb #79931647
 @dataclass
 class Finding:
     "One claim and what the records say of it; `diff`, `lo` and `hi` in the unit of the metric"
-    claim:str; source:str; better:str; worse:str; metric:str; diff:float; lo:float; hi:float; margin:float=0.; unit:str='fraction'
+    claim:str; source:str; better:str; worse:str; metric:str
+    diff:float; lo:float; hi:float; margin:float=0.; unit:str='fraction'
     @property
     def verdict(self): return 'supported' if self.lo>self.margin else 'refuted' if self.hi<self.margin else 'undecided'
     def to_dict(self):      # an interval without an end, as from one seed, has none in JSON either
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in dict(self.__dict__, verdict=self.verdict).items()}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k,v in dict(self.__dict__, verdict=self.verdict).items()}
     def __repr__(self):
         u = ' points' if self.unit=='fraction' else f' {self.unit}'
         m = f', claimed more than {fmt_diff(self.margin, self.unit)}' if self.margin else ''
-        return (f'{self.verdict.upper()}: {self.claim} ({self.source}). {self.better} minus {self.worse} on {self.metric}: '
-                f'{fmt_diff(self.diff, self.unit)}{u} [{fmt_diff(self.lo, self.unit)}, {fmt_diff(self.hi, self.unit)}]{m}.')
+        return (f'{self.verdict.upper()}: {self.claim} ({self.source}). '
+                f'{self.better} minus {self.worse} on {self.metric}: '
+                f'{fmt_diff(self.diff, self.unit)}{u} '
+                f'[{fmt_diff(self.lo, self.unit)}, {fmt_diff(self.hi, self.unit)}]{m}.')
 
 def finding(claim, df, better, worse, metric, source='', margin=0.):
-    "A verdict on `claim` that runs named `better` score higher than those named `worse` by more than `margin`; metric `val_loss@flops/4`: lose less at equal cost"
+    "A verdict on `claim` that runs named `better` score higher than those named `worse` by more than `margin`; " \
+    "metric `val_loss@flops/4`: lose less at equal cost"
     for n in (better, worse):
         if n not in set(df['name']): raise UserError(f'no record of "{n}". {nearest(n, set(df["name"]))}')
-    if metric.startswith('val_loss@'): return Finding(claim, source, better, worse, metric, *_loss_gap(df, better, worse, metric), margin, 'nats')
+    if metric.startswith('val_loss@'):
+        return Finding(claim, source, better, worse, metric, *_loss_gap(df, better, worse, metric), margin, 'nats')
     c = compare(df[df['name'].isin([better, worse])], metric=metric, baseline=worse)
     r = c.differences.set_index('name').loc[better]; sign = 1 if c.direction!='min' else -1
     lo, hi = sorted((sign*r['lo'], sign*r['hi']))
@@ -123,15 +142,19 @@ def finding(claim, df, better, worse, metric, source='', margin=0.):
 COSTS = ('tokens', 'flops', 'seconds')
 
 def curves(df):
-    "Looks at the held-out loss along each training in `df`: name, seed, `val_loss` and what was spent by then in each of `COSTS`"
+    "Looks at the held-out loss along each training in `df`: name, seed, `val_loss` " \
+    "and what was spent by then in each of `COSTS`"
     s = load_steps(df); s = s[s['val_loss'].notna()].merge(df[['id', 'train/flops', 'train/tokens']], on='id')
-    return s.assign(flops=s['tokens']*s['train/flops']/s['train/tokens'])[['name', 'seed', 'step', 'val_loss', *COSTS]].sort_values(['name', 'seed', 'step'])
+    return s.assign(flops=s['tokens']*s['train/flops']/s['train/tokens'])[
+        ['name', 'seed', 'step', 'val_loss', *COSTS]].sort_values(['name', 'seed', 'step'])
 
 def loss_at(df, cost='tokens', part=1.):
-    "Held-out loss (name x seed) when every run has spent the same: `part` of all that the cheapest spends. Between two looks it is linear in the logarithm of the cost"
+    "Held-out loss (name x seed) when every run has spent the same: `part` of all that the cheapest spends. " \
+    "Between two looks it is linear in the logarithm of the cost"
     check_names('cost', [cost], COSTS)
     c = curves(df); spent = part*c.groupby(['name', 'seed'])[cost].max().min()
-    return c.groupby(['name', 'seed'])[[cost, 'val_loss']].apply(lambda g: np.interp(np.log(spent), np.log(g[cost]), g['val_loss'])).unstack(), spent
+    return c.groupby(['name', 'seed'])[[cost, 'val_loss']].apply(
+        lambda g: np.interp(np.log(spent), np.log(g[cost]), g['val_loss'])).unstack(), spent
 
 def _loss_gap(df, better, worse, metric):
     "Loss of `worse` minus that of `better`, paired by seed, with the t interval over seeds"
@@ -156,16 +179,19 @@ def told(study):
     answer = project_path(setting('reference'), study, 'answer.json')
     for f in json.loads(answer.read_text(encoding='utf-8'))['findings']: print(finding_line(f))
 
-# %% ../nbs/75_study.ipynb #234ea61c
+# %% ../nbs/75_study.ipynb #ca1d3480
 @dataclass
 class Agreement:
     "Which configurations differ from their reference records; `checked` counts (configuration, metric) pairs"
     checked:int; same:int; differing:list; missing:int; reference:str=''
     def __repr__(self):
         if not self.checked: return 'There are no reference records of these runs to compare with.'
-        head = f'{self.checked-len(self.differing)} of {self.checked} scores agree with the reference records ({self.same} to the last digit)'
+        head = (f'{self.checked-len(self.differing)} of {self.checked} scores agree with the reference records '
+                f'({self.same} to the last digit)')
         tail = f'; {self.missing} reference runs were not repeated here' if self.missing else ''
-        return head + tail + '.' + ''.join(f'\n  differs: {d["name"]} {d["metric"]} {fmt_diff(d["diff"], "fraction")} points, p = {d["p"]:.2g}' for d in self.differing)
+        return head + tail + '.' + ''.join(
+            f'\n  differs: {d["name"]} {d["metric"]} {fmt_diff(d["diff"], "fraction")} points, p = {d["p"]:.2g}'
+            for d in self.differing)
     def to_dict(self): return dict(self.__dict__)
 
 def _table(df, name, m, task):
@@ -187,12 +213,14 @@ def agreement(study, metrics, reference=None):
             if not len(rows) or len(cols)<2: continue
             a, b = a.loc[rows, cols].to_numpy(float), b.loc[rows, cols].to_numpy(float)
             same += bool((a==b).all())
-            d = paired_diff(a if len(a)>1 else a[0], b if len(b)>1 else b[0]) if (a!=b).any() else AttrDict(diff=0., p=1.)
+            d = (paired_diff(a if len(a)>1 else a[0], b if len(b)>1 else b[0]) if (a!=b).any() else
+                 AttrDict(diff=0., p=1.))
             tests.append(dict(name=name, metric=m, diff=float(d.diff), p=float(d.p)))
     for t,p in zip(tests, holm([t['p'] for t in tests]) if tests else []): t['p'] = float(p)
-    return Agreement(len(tests), same, [t for t in tests if t['p']<.05], int((~there['name'].isin(here['name'])).sum()), relative(ref))
+    return Agreement(len(tests), same, [t for t in tests if t['p']<.05],
+                     int((~there['name'].isin(here['name'])).sum()), relative(ref))
 
-# %% ../nbs/75_study.ipynb #26e4d645
+# %% ../nbs/75_study.ipynb #118ed32f
 def studies():
     "{name: notebook} of the studies that there are"
     return {p.stem: p for p in sorted(project_path('nbs', 'studies').glob('*.ipynb'))}
@@ -204,10 +232,11 @@ class StudyResult:
     "What a study made: the comparison, its files and the agreement with the reference"
     study:str; comparison:object; files:list; agreement:object; findings:list; seconds:float
     def to_dict(self):
-        return dict(study=self.study, seconds=round(self.seconds, 1), comparison=self.comparison.to_dict(), findings=self.findings,
-                    files=self.files, agreement=self.agreement.to_dict())
+        return dict(study=self.study, seconds=round(self.seconds, 1), comparison=self.comparison.to_dict(),
+                    findings=self.findings, files=self.files, agreement=self.agreement.to_dict())
     def __str__(self):
-        return '\n'.join([str(self.comparison), '', 'Findings', *[f'  {finding_line(f)}' for f in self.findings], '', 'Files', *[f'  {f}' for f in self.files], '', str(self.agreement),
+        return '\n'.join([str(self.comparison), '', 'Findings', *[f'  {finding_line(f)}' for f in self.findings], '',
+                          'Files', *[f'  {f}' for f in self.files], '', str(self.agreement),
                           f'{self.study}: done in {self.seconds/60:.1f} minutes.'])
 
 def save_answer(study,          # Name of the study's folder
@@ -216,14 +245,18 @@ def save_answer(study,          # Name of the study's folder
                 metrics=(),     # To check against the reference
                 figures={},     # {name: Figure}
                 title='', text=''):
-    "Write metrics_summary.csv, the figures (SVG and PNG), the findings and one self-contained HTML report; return the paths"
+    "Write metrics_summary.csv, the figures (SVG and PNG), the findings and one self-contained HTML report; " \
+    "return the paths"
     from flow2lab.plots import html_report, save_figure
     out = results_path(study); files = [summary(study)]
     for name,fig in figures.items(): files += save_figure(fig, out/'plots'/name)
-    answer = dict(study=study, metric=comparison.metric, metrics=list(metrics) or [comparison.metric], findings=[f.to_dict() for f in findings])
+    answer = dict(study=study, metric=comparison.metric, metrics=list(metrics) or [comparison.metric],
+                  findings=[f.to_dict() for f in findings])
     files.append(atomic_write(out/'answer.json', to_json(answer, indent=1)+'\n'))
-    sections = [('Leaderboard', comparison), ('Findings', findings_table(findings))] if findings else [('Leaderboard', comparison)]
-    files.append(html_report(out/'report.html', title or study, ([('', text)] if text else []) + sections + list(figures.items())))
+    sections = ([('Leaderboard', comparison), ('Findings', findings_table(findings))] if findings else
+                [('Leaderboard', comparison)])
+    files.append(html_report(out/'report.html', title or study,
+                             ([('', text)] if text else []) + sections + list(figures.items())))
     return [relative(f) for f in files]
 
 def run_study(name, scale='nano', jobs=0, seeds=0, results=''):
@@ -233,8 +266,10 @@ def run_study(name, scale='nano', jobs=0, seeds=0, results=''):
     if seeds<0: raise UserError(f'seeds={seeds}: give at least 1, or 0 for the number that the study asks for.')
     study = results or study_folder(name, scale); t0 = time.time()
     out = results_path(study, f'{name}.ipynb')
-    execute(studies()[name], out, dict(scale=scale, jobs=jobs or os.cpu_count() or 1, study=study, **(dict(seeds=seeds) if seeds else {})), show=True)
+    execute(studies()[name], out, dict(scale=scale, jobs=jobs or os.cpu_count() or 1, study=study,
+                                       **(dict(seeds=seeds) if seeds else {})), show=True)
     answer = json.loads((results_path(study)/'answer.json').read_text())
-    files = sorted(relative(p) for d in (results_path(study), results_path(study, 'plots')) for p in d.glob('[!.]*.*') if p.is_file())
-    return StudyResult(study, compare(load_records(results_path(study)), metric=answer['metric']), files, agreement(study, answer['metrics']), answer['findings'],
-                       time.time()-t0)
+    files = sorted(relative(p) for d in (results_path(study), results_path(study, 'plots'))
+                   for p in d.glob('[!.]*.*') if p.is_file())
+    return StudyResult(study, compare(load_records(results_path(study)), metric=answer['metric']), files,
+                       agreement(study, answer['metrics']), answer['findings'], time.time()-t0)
