@@ -10,22 +10,25 @@ __all__ = ['FIELDS', 'MAX_BODY', 'HEADERS', 'PAGE', 'LOCAL', 'Text', 'draw', 'Jo
            'csp', 'Server', 'make_app', 'take_token', 'is_loopback', 'check_door', 'listen', 'model_name', 'serve',
            'chat_turn', 'chat']
 
-# %% ../nbs/80_serve.ipynb #7a86bb47
-import asyncio, base64, contextlib, hashlib, ipaddress, json, math, os, random, secrets, socket, sys, threading, time, traceback
+# %% ../nbs/80_serve.ipynb #7aaec11b
+import asyncio, base64, contextlib, hashlib, ipaddress, json, math, os, random, secrets, socket, sys, threading, \
+    time, traceback
 from collections import deque
 from pathlib import Path
 from fastcore.basics import patch
 from .core import UserError
 
-# %% ../nbs/80_serve.ipynb #e9b29142
+# %% ../nbs/80_serve.ipynb #330a8521
 class Text:
     "Tokens in, text out: whole characters only, and nothing that may yet turn out to be a stop string"
-    def __init__(self, tok, stop=()): self.tok, self.stop, self.ids, self.text, self.sent, self.seen, self.stopped = tok, stop, [], '', 0, 0, False
+    def __init__(self, tok, stop=()):
+        self.tok, self.stop, self.ids, self.text, self.sent, self.seen, self.stopped = tok, stop, [], '', 0, 0, False
     def _decode(self, ids): return self.tok.decode(ids, skip_special_tokens=True)
     def add(self, t):
         "Text that may be shown after token `t`"
         self.ids.append(t)
-        before = self.ids[max(0, self.seen-4):self.seen]         # a piece may depend on those before it, as a leading space does
+        # a piece may depend on those before it, as a leading space does
+        before = self.ids[max(0, self.seen-4):self.seen]
         new = self._decode(before + self.ids[self.seen:])
         if new.endswith('\ufffd'): return ''
         self.text += new[len(self._decode(before)):]; self.seen = len(self.ids)
@@ -33,7 +36,8 @@ class Text:
     def show(self, held=True):
         if (at := min((i for s in self.stop if (i := self.text.find(s, max(0, self.sent-len(s))))>=0), default=-1))>=0:
             self.text, self.stopped, held = self.text[:at], True, False
-        n = max((k for s in self.stop for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0) if held else 0
+        n = (max((k for s in self.stop for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)
+             if held else 0)
         out = self.text[self.sent:len(self.text)-n]; self.sent += len(out)
         return out
     def rest(self):
@@ -56,7 +60,7 @@ def draw(logits,     # (b, vocab)
         best[hot] = order.gather(1, k)[:, 0]
     return best.tolist()
 
-# %% ../nbs/80_serve.ipynb #a5d0c8fc
+# %% ../nbs/80_serve.ipynb #58d9b096
 class Job:
     "One request: `take` gives it a token and says whether it wants another"
     def __init__(self, ids,              # Token ids of the prompt
@@ -66,7 +70,8 @@ class Job:
                  seed=None,              # For the same answer again
                  seconds:float=math.inf, # From now until it is given up
                  put=None):              # Called with (kind, value): text, end (its reason) or error (status, message)
-        self.ids, self.limit, self.temperature, self.top_p, self.stop, self.put = ids, limit, temperature, top_p, tuple(stop), put
+        self.ids, self.limit, self.temperature, self.top_p, self.stop, self.put = (
+            ids, limit, temperature, top_p, tuple(stop), put)
         self.random, self.seconds, self.deadline = random.Random(seed), seconds, time.monotonic()+seconds
         self.text, self.end, self.events, self.over, self.written = None, (), [], False, 0
     def say(self, kind, value):
@@ -75,7 +80,8 @@ class Job:
         return False
     def late(self):
         "Give up when the time is over"
-        if not self.over and time.monotonic()>self.deadline: self.say('error', (504, f'the time limit of {self.seconds:g} s was reached'))
+        if not self.over and time.monotonic()>self.deadline:
+            self.say('error', (504, f'the time limit of {self.seconds:g} s was reached'))
         return self.over
     def finish(self, reason):
         if (rest := self.text.rest()): self.say('text', rest)
@@ -88,7 +94,7 @@ class Job:
         if self.text.stopped: return self.say('end', 'stop')
         return True if self.written<self.limit else self.finish('length')
 
-# %% ../nbs/80_serve.ipynb #1379d936
+# %% ../nbs/80_serve.ipynb #8c591c8e
 def stack(caches, room=64):
     "The rows of several caches in one, shifted so that all end in the same column, with space for `room` more tokens"
     from flow2lab.evaluate import _room_layer, new_cache
@@ -97,7 +103,8 @@ def stack(caches, room=64):
         b, at = parts[0].new_zeros(sum(map(len, parts)), parts[0].shape[1], n+room, parts[0].shape[3]), 0
         for p in parts: b[at:at+len(p), :, n-p.shape[2]:n] = p; at += len(p)
         return b
-    return new_cache(Room([buf([l.keys for l in ls]), buf([l.values for l in ls])], n) for ls in zip(*(c.layers for c in caches)))
+    return new_cache(Room([buf([l.keys for l in ls]), buf([l.values for l in ls])], n)
+                     for ls in zip(*(c.layers for c in caches)))
 
 class Rows:
     "Jobs that decode together, one row each, on the backend `hf`"
@@ -147,22 +154,26 @@ class Rows:
         if not left: return
         self.pos, self.hidden = self.pos+1, pad(self.hidden, (0, 1))
         if self.mask is not None: self.mask = pad(self.mask, (0, 1))
-        self.lg = self.be.logits(range(len(left)), [0]*len(left), input_ids=self.be.tensor(x)[:, None], position_ids=self.pos,
+        self.lg = self.be.logits(range(len(left)), [0]*len(left),
+                                 input_ids=self.be.tensor(x)[:, None], position_ids=self.pos,
                                  past_key_values=self.cache, attention_mask=self.mask, use_cache=True)
 
-# %% ../nbs/80_serve.ipynb #2cc5c319
+# %% ../nbs/80_serve.ipynb #ad847648
 class Full(Exception): "No place left in the queue"
 
 class Engine:
     "Serves jobs on a backend from a thread of its own"
-    def __init__(self, be, rows:int=16,    # Jobs at the same time
-                 queue:int=64,             # Jobs that may wait besides
-                 deliver=None):            # Called with a list of (job, kind, value); calls each job's `put` if not given
+    def __init__(self, be, rows:int=16, # Jobs at the same time
+                 queue:int=64,          # Jobs that may wait besides
+                 deliver=None):         # Called with a list of (job, kind, value); calls each job's `put` if not given
         import copy
-        self.be, self.most, self.queue, self.tok = be, rows, queue, copy.deepcopy(be.tok)     # a tokenizer is not for two threads
+        # a tokenizer is not for two threads
+        self.be, self.most, self.queue, self.tok = be, rows, queue, copy.deepcopy(be.tok)
         self.deliver = deliver or (lambda events: [j.put(k, v) for j,k,v in events])
-        self.rows, self.waiting, self.new, self.closed, self.lock = Rows(be) if getattr(be, 'shortcuts', False) else None, deque(), [], False, threading.Condition()
-        self.events, self.thread = [], threading.Thread(target=self.loop, name='engine', daemon=True); self.thread.start()
+        self.rows, self.waiting, self.new, self.closed, self.lock = (
+            Rows(be) if getattr(be, 'shortcuts', False) else None, deque(), [], False, threading.Condition())
+        self.events, self.thread = [], threading.Thread(target=self.loop, name='engine', daemon=True)
+        self.thread.start()
     @property
     def running(self): return (len(self.rows.jobs) if self.rows else 0) + len(self.new)
     def submit(self, job):
@@ -182,7 +193,7 @@ class Engine:
     def flush(self):
         if self.events: out = self.events[:]; del self.events[:len(out)]; self.deliver(out)
 
-# %% ../nbs/80_serve.ipynb #b22ea63e
+# %% ../nbs/80_serve.ipynb #6c7f8a14
 @patch
 def loop(self:Engine):
     "Work while there is work, sleep while there is none, until closed"
@@ -244,7 +255,8 @@ def one(self:Engine, job):
 @patch
 def broken(self:Engine, e):
     "A step failed: so do its jobs"
-    print(f'serve: {type(e).__name__} in a step; its requests fail.\n' + ''.join(traceback.format_tb(e.__traceback__)), file=sys.stderr, flush=True)
+    print(f'serve: {type(e).__name__} in a step; its requests fail.\n' + ''.join(traceback.format_tb(e.__traceback__)),
+          file=sys.stderr, flush=True)
     self.stop(500, 'the model failed on this request', waiting=False)
 
 @patch
@@ -258,58 +270,82 @@ def stop(self:Engine, status, message, waiting=True):
     for j in jobs: j.say('error', (status, message))
     self.flush()
 
-# %% ../nbs/80_serve.ipynb #d51bde65
+# %% ../nbs/80_serve.ipynb #009c3b48
 class Refused(Exception):
     "What is sent back instead of an answer, in OpenAI's form"
     def __init__(self, status, message, param=None, code=None, kind='invalid_request_error', headers=()):
-        super().__init__(message); self.status, self.message, self.param, self.code, self.kind, self.headers = status, message, param, code, kind, dict(headers)
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.kind, self.headers = (
+            status, message, param, code, kind, dict(headers))
     def body(self): return dict(error=dict(message=self.message, type=self.kind, param=self.param, code=self.code))
 
-def _number(low, high, above=False): return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and (low<v if above else low<=v) and v<=high
+def _number(low, high, above=False):
+    return lambda v: (isinstance(v, (int, float)) and not isinstance(v, bool)
+                      and (low<v if above else low<=v) and v<=high)
 def _count(v): return isinstance(v, int) and not isinstance(v, bool) and v>=1
-def _texts(v): return isinstance(v, str) and v!='' or isinstance(v, list) and 0<len(v)<=4 and all(isinstance(s, str) and s for s in v)
+def _texts(v):
+    return (isinstance(v, str) and v!=''
+            or isinstance(v, list) and 0<len(v)<=4 and all(isinstance(s, str) and s for s in v))
 def _only(*values): return lambda v: any(v is x or (type(v) is not bool and v==x) for x in values)
 def _part(p): return isinstance(p, dict) and p.get('type')=='text' and isinstance(p.get('text'), str)
 def _message(m):
-    return (isinstance(m, dict) and m.get('role') in ('system', 'developer', 'user', 'assistant') and set(m) <= {'role', 'content', 'name', 'refusal'}
-            and (isinstance(m.get('content'), str) or isinstance(m.get('content'), list) and all(map(_part, m['content']))))
-def _prompt(v): return isinstance(v, str) or isinstance(v, list) and (len(v)==1 and isinstance(v[0], str) or v!=[] and all(type(t) is int and t>=0 for t in v))
+    return (isinstance(m, dict) and m.get('role') in ('system', 'developer', 'user', 'assistant')
+            and set(m) <= {'role', 'content', 'name', 'refusal'}
+            and (isinstance(m.get('content'), str)
+                 or isinstance(m.get('content'), list) and all(map(_part, m['content']))))
+def _prompt(v):
+    return (isinstance(v, str)
+            or isinstance(v, list) and (len(v)==1 and isinstance(v[0], str)
+                                        or v!=[] and all(type(t) is int and t>=0 for t in v)))
 
 _shared = dict(
     model=(lambda v: isinstance(v, str), 'the name that /v1/models lists'),
-    temperature=(_number(0, 2), 'a number from 0 to 2'), top_p=(_number(0, 1, above=True), 'a number above 0, up to 1'),
+    temperature=(_number(0, 2), 'a number from 0 to 2'),
+    top_p=(_number(0, 1, above=True), 'a number above 0, up to 1'),
     max_tokens=(_count, 'a whole number, 1 or more'), stop=(_texts, 'a text or up to 4 texts, none empty'),
     seed=(lambda v: type(v) is int, 'a whole number'), stream=(lambda v: type(v) is bool, 'true or false'),
-    stream_options=(lambda v: isinstance(v, dict) and set(v) <= {'include_usage', 'include_obfuscation'} and all(type(x) is bool for x in v.values()), 'an object with include_usage'),
-    n=(_only(1), '1'), frequency_penalty=(_only(0), '0'), presence_penalty=(_only(0), '0'), logit_bias=(_only({}), 'empty'),
+    stream_options=(lambda v: (isinstance(v, dict) and set(v) <= {'include_usage', 'include_obfuscation'}
+                               and all(type(x) is bool for x in v.values())), 'an object with include_usage'),
+    n=(_only(1), '1'), frequency_penalty=(_only(0), '0'), presence_penalty=(_only(0), '0'),
+    logit_bias=(_only({}), 'empty'),
     user=(lambda v: isinstance(v, str), 'a text'))
 _off = 'left out: this server has nothing of the kind'
 FIELDS = dict(
-    chat=dict(_shared, messages=(lambda v: isinstance(v, list) and v!=[] and all(map(_message, v)), 'a list of {role, content}, with role system, user or assistant and text as content'),
-              max_completion_tokens=_shared['max_tokens'], logprobs=(_only(False), 'false'), tools=(_only([]), _off), tool_choice=(_only('none', 'auto'), _off),
-              response_format=(_only({'type': 'text'}), '{"type": "text"}'), store=(_only(False), 'false'), metadata=(lambda v: isinstance(v, dict), 'an object')),
-    text=dict(_shared, prompt=(_prompt, 'one text, or one list of token ids'), echo=(_only(False), 'false'), best_of=(_only(1), '1'), suffix=(_only(''), _off)))
+    chat=dict(_shared,
+              messages=(lambda v: isinstance(v, list) and v!=[] and all(map(_message, v)),
+                        'a list of {role, content}, with role system, user or assistant and text as content'),
+              max_completion_tokens=_shared['max_tokens'], logprobs=(_only(False), 'false'),
+              tools=(_only([]), _off), tool_choice=(_only('none', 'auto'), _off),
+              response_format=(_only({'type': 'text'}), '{"type": "text"}'), store=(_only(False), 'false'),
+              metadata=(lambda v: isinstance(v, dict), 'an object')),
+    text=dict(_shared, prompt=(_prompt, 'one text, or one list of token ids'), echo=(_only(False), 'false'),
+              best_of=(_only(1), '1'), suffix=(_only(''), _off)))
 
 def check_fields(d, kind):
-    "Raise `Refused` at the first field of the request `d` that is unknown or wrong; fields that are null count as left out"
+    "Raise `Refused` at the first field of the request `d` that is unknown or wrong; " \
+    "fields that are null count as left out"
     if not isinstance(d, dict): raise Refused(400, 'The body must be a JSON object.')
     d = {k: v for k,v in d.items() if v is not None}; known = FIELDS[kind]
     for k in ('model', 'messages' if kind=='chat' else 'prompt'):
         if k not in d: raise Refused(400, f"'{k}' is missing: give {known[k][1]}.", k, 'missing_required_parameter')
     for k,v in d.items():
-        if k not in known: raise Refused(400, f"Unknown field '{k[:40]}'. Known: {', '.join(sorted(known))}.", k[:40], 'unknown_parameter')
+        if k not in known:
+            raise Refused(400, f"Unknown field '{k[:40]}'. Known: {', '.join(sorted(known))}.",
+                          k[:40], 'unknown_parameter')
         if not known[k][0](v): raise Refused(400, f"'{k}' must be {known[k][1]}.", k, 'invalid_value')
     return d
 
-# %% ../nbs/80_serve.ipynb #6aafbf6b
+# %% ../nbs/80_serve.ipynb #d66e707f
 MAX_BODY = 10**6      # bytes
-HEADERS = {'x-content-type-options': 'nosniff', 'referrer-policy': 'no-referrer', 'cache-control': 'no-store', 'x-frame-options': 'DENY'}
+HEADERS = {'x-content-type-options': 'nosniff', 'referrer-policy': 'no-referrer',
+           'cache-control': 'no-store', 'x-frame-options': 'DENY'}
 
 async def reply(send, status, body, headers=()):
     "Send `body` as JSON"
     data = json.dumps(body).encode()
     head = {'content-type': 'application/json', 'content-length': str(len(data)), **HEADERS, **dict(headers)}
-    await send(dict(type='http.response.start', status=status, headers=[(k.encode(), v.encode('latin-1')) for k,v in head.items()]))
+    await send(dict(type='http.response.start', status=status,
+                    headers=[(k.encode(), v.encode('latin-1')) for k,v in head.items()]))
     await send(dict(type='http.response.body', body=data))
 
 def host_name(host):
@@ -332,16 +368,20 @@ class Guard:
     def check(self, scope, head):
         "Raise `Refused` for who may not ask"
         host, origin = head.get('host', ''), head.get('origin')
-        if host_name(host) not in self.hosts: raise Refused(403, 'Unknown host name. Allow it with --allow-host.', code='host_not_allowed')
+        if host_name(host) not in self.hosts:
+            raise Refused(403, 'Unknown host name. Allow it with --allow-host.', code='host_not_allowed')
         if origin and origin not in self.origins and origin not in (f'http://{host}', f'https://{host}'):
-            raise Refused(403, 'Pages of this origin may not ask. Allow it with --allow-origin.', code='origin_not_allowed')
+            raise Refused(403, 'Pages of this origin may not ask. Allow it with --allow-origin.',
+                          code='origin_not_allowed')
         preflight = scope['method']=='OPTIONS' and 'access-control-request-method' in head
         if self.token and scope['path']!='/health' and not preflight and not self.knows(head.get('authorization', '')):
-            raise Refused(401, 'The token is missing or wrong. Send it as "Authorization: Bearer TOKEN".', code='invalid_api_key',
+            raise Refused(401, 'The token is missing or wrong. Send it as "Authorization: Bearer TOKEN".',
+                          code='invalid_api_key',
                           headers={'www-authenticate': 'Bearer, Basic realm="flow2lab", charset="UTF-8"'})
         return preflight
     async def body(self, head, receive):
-        "The body of the request, up to MAX_BODY; more is read a while, so that the client gets to our answer, and thrown away"
+        "The body of the request, up to MAX_BODY; more is read a while, so that the client gets to our answer, " \
+        "and thrown away"
         data, size, more = [], 0, True
         while more and size<=16*MAX_BODY:
             m = await receive()
@@ -349,23 +389,30 @@ class Guard:
             size += len(m.get('body', b'')); more = m.get('more_body', False)
             if size<=MAX_BODY: data.append(m.get('body', b''))
             else: data = []
-        if size>MAX_BODY: raise Refused(413, f'The body has more than {MAX_BODY:,} bytes.', code='body_too_large', headers={'connection': 'close'})
+        if size>MAX_BODY:
+            raise Refused(413, f'The body has more than {MAX_BODY:,} bytes.', code='body_too_large',
+                          headers={'connection': 'close'})
         return b''.join(data)
     async def __call__(self, scope, receive, send):
         if scope['type']!='http': return
         head = {k.decode('latin-1'): v.decode('latin-1') for k,v in scope['headers']}
         extra, started = [(k.encode(), v.encode()) for k,v in HEADERS.items()], []
-        if (o := head.get('origin')) in self.origins: extra += [(b'access-control-allow-origin', o.encode('latin-1')), (b'vary', b'origin')]
+        if (o := head.get('origin')) in self.origins:
+            extra += [(b'access-control-allow-origin', o.encode('latin-1')), (b'vary', b'origin')]
         async def say(m):
-            if m['type']=='http.response.start': started.append(1); m = dict(m, headers=[*m.get('headers', ()), *extra])
+            if m['type']=='http.response.start':
+                started.append(1); m = dict(m, headers=[*m.get('headers', ()), *extra])
             await send(m)
         try:
             if self.check(scope, head):
-                allow = {'access-control-allow-methods': 'GET, POST', 'access-control-allow-headers': 'authorization, content-type', 'access-control-max-age': '600'}
+                allow = {'access-control-allow-methods': 'GET, POST',
+                         'access-control-allow-headers': 'authorization, content-type',
+                         'access-control-max-age': '600'}
                 return await reply(say, 200, {}, allow if o in self.origins else {})
             if scope['method']=='POST':
                 try: data = await asyncio.wait_for(self.body(head, receive), 30)
-                except asyncio.TimeoutError: raise Refused(408, 'The body did not come within 30 s.', headers={'connection': 'close'}) from None
+                except asyncio.TimeoutError:
+                    raise Refused(408, 'The body did not come within 30 s.', headers={'connection': 'close'}) from None
                 if data is None: return
                 again = [dict(type='http.request', body=data, more_body=False)]
                 async def replay(): return again.pop() if again else await receive()
@@ -374,26 +421,34 @@ class Guard:
         except Refused as e:
             if not started: await reply(say, e.status, e.body(), e.headers)
         except Exception as e:
-            print(f'serve: {type(e).__name__} while answering.\n' + ''.join(traceback.format_tb(e.__traceback__)), file=sys.stderr, flush=True)
-            if not started: await reply(say, 500, dict(error=dict(message='An error of the server.', type='server_error', param=None, code=None)))
+            print(f'serve: {type(e).__name__} while answering.\n' + ''.join(traceback.format_tb(e.__traceback__)),
+                  file=sys.stderr, flush=True)
+            if not started:
+                await reply(say, 500, dict(error=dict(message='An error of the server.', type='server_error',
+                                                      param=None, code=None)))
 
-# %% ../nbs/80_serve.ipynb #d94019e4
+# %% ../nbs/80_serve.ipynb #f2915f0f
 class Answer:
     "How a job is told in OpenAI's forms"
     def __init__(self, kind, name, job, usage=False):
         self.kind, self.name, self.job, self.with_usage = kind, name, job, usage
-        self.head = dict(id=('chatcmpl-' if kind=='chat' else 'cmpl-')+secrets.token_hex(12), created=int(time.time()), model=name)
+        self.head = dict(id=('chatcmpl-' if kind=='chat' else 'cmpl-')+secrets.token_hex(12),
+                         created=int(time.time()), model=name)
     def usage(self):
         p, c = len(self.job.ids), self.job.written
         return dict(prompt_tokens=p, completion_tokens=c, total_tokens=p+c)
     def whole(self, text, reason):
-        said = dict(message=dict(role='assistant', content=text, refusal=None)) if self.kind=='chat' else dict(text=text)
+        said = (dict(message=dict(role='assistant', content=text, refusal=None)) if self.kind=='chat' else
+                dict(text=text))
         choice = dict(index=0, **said, logprobs=None, finish_reason=reason)
-        return dict(self.head, object='chat.completion' if self.kind=='chat' else 'text_completion', choices=[choice], usage=self.usage())
+        return dict(self.head, object='chat.completion' if self.kind=='chat' else 'text_completion',
+                    choices=[choice], usage=self.usage())
     def chunk(self, text=None, reason=None, first=False):
         delta = dict(**(dict(role='assistant') if first else {}), **({} if text is None else dict(content=text)))
-        choice = dict(index=0, **(dict(delta=delta) if self.kind=='chat' else dict(text=text or '')), logprobs=None, finish_reason=reason)
-        return dict(self.head, object='chat.completion.chunk' if self.kind=='chat' else 'text_completion', choices=[choice], **(dict(usage=None) if self.with_usage else {}))
+        choice = dict(index=0, **(dict(delta=delta) if self.kind=='chat' else dict(text=text or '')),
+                      logprobs=None, finish_reason=reason)
+        return dict(self.head, object='chat.completion.chunk' if self.kind=='chat' else 'text_completion',
+                    choices=[choice], **(dict(usage=None) if self.with_usage else {}))
     def chunks(self, events):
         "The chunks that tell `events`"
         text = ''.join(v for k,v in events if k=='text'); kind, value = events[-1]
@@ -448,7 +503,7 @@ async def whole(answer, drop, receive, send):
     if kind=='error': raise Refused(*value, kind='server_error')
     if kind=='end': await reply(send, 200, answer.whole(''.join(text), value))
 
-# %% ../nbs/80_serve.ipynb #56f0b421
+# %% ../nbs/80_serve.ipynb #1c93d4be
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>flow2lab chat</title>
 <link rel="icon" href="data:,"><style>
@@ -500,50 +555,70 @@ start();
 
 def csp(page):
     "The Content-Security-Policy under which `page` runs its own script and style, and talks to its own server"
-    h = lambda tag: "'sha256-" + base64.b64encode(hashlib.sha256(page.split(f'<{tag}>')[1].split(f'</{tag}>')[0].encode()).digest()).decode() + "'"
-    return f"default-src 'none'; script-src {h('script')}; style-src {h('style')}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    h = lambda tag: "'sha256-" + base64.b64encode(hashlib.sha256(
+        page.split(f'<{tag}>')[1].split(f'</{tag}>')[0].encode()).digest()).decode() + "'"
+    return (f"default-src 'none'; script-src {h('script')}; style-src {h('style')}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-# %% ../nbs/80_serve.ipynb #87f3793b
+# %% ../nbs/80_serve.ipynb #b4adb160
 class Server:
     "What the routes share: an engine, the name it is served under and the limits of a request"
     def __init__(self, be, name, rows=16, queue=64, seconds=120., max_tokens=1024):
         import copy
         from concurrent.futures import ThreadPoolExecutor
-        self.tok = copy.deepcopy(be.tok); self.tok.model_max_length = 10**9       # a text that is too long is refused, not warned of
+        # a text that is too long is refused, not warned of
+        self.tok = copy.deepcopy(be.tok); self.tok.model_max_length = 10**9
         self.be, self.name, self.seconds, self.max_tokens, self.since = be, name, seconds, max_tokens, int(time.time())
         self.engine, self.reader = Engine(be, rows, queue, self.deliver), ThreadPoolExecutor(1, 'reader')
     def deliver(self, events):
         def give():
             for job,k,v in events: job.q.put_nowait((k, v))
-        with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(give)        # the loop is gone: so are all clients
+        # the loop is gone: so are all clients
+        with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(give)
     def ids(self, d, kind):
         "Token ids of the request's prompt"
         from flow2lab.evaluate import prompt_ids
         tok, at = self.tok, 'messages' if kind=='chat' else 'prompt'
         flat = lambda c: c if isinstance(c, str) else ''.join(p['text'] for p in c)
-        if kind=='chat': prompt = [dict(role=m['role'].replace('developer', 'system'), content=flat(m['content'])) for m in d['messages']]
-        else: prompt = d['prompt'][0] if isinstance(d['prompt'], list) and isinstance(d['prompt'][0], str) else d['prompt']
+        if kind=='chat':
+            prompt = [dict(role=m['role'].replace('developer', 'system'), content=flat(m['content']))
+                      for m in d['messages']]
+        else:
+            prompt = (d['prompt'][0] if isinstance(d['prompt'], list) and isinstance(d['prompt'][0], str) else
+                      d['prompt'])
         try: ids = prompt_ids(tok, prompt)
         except Exception as e:
             if type(e).__module__.split('.')[0]!='jinja2': raise
-            raise Refused(400, "The model's chat template refuses these messages: their roles or their order.", at) from e
-        if isinstance(prompt, list) and kind=='text' and max(ids)>=len(tok): raise Refused(400, f"'prompt' has a token id of {max(ids)}; the model knows {len(tok)}.", at, 'invalid_value')
+            raise Refused(400, "The model's chat template refuses these messages: their roles or their order.",
+                          at) from e
+        if isinstance(prompt, list) and kind=='text' and max(ids)>=len(tok):
+            raise Refused(400, f"'prompt' has a token id of {max(ids)}; the model knows {len(tok)}.",
+                          at, 'invalid_value')
         return ids
     async def job(self, d, kind):
         "The request `d` in the queue"
         loop = self.loop = asyncio.get_running_loop()
-        if d['model']!=self.name: raise Refused(404, f"There is no model '{d['model'][:80]}' here, only '{self.name}'.", 'model', 'model_not_found')
+        if d['model']!=self.name:
+            raise Refused(404, f"There is no model '{d['model'][:80]}' here, only '{self.name}'.",
+                          'model', 'model_not_found')
         ids = await loop.run_in_executor(self.reader, self.ids, d, kind)
         room = self.be.length - len(ids) - (self.engine.rows.before if self.engine.rows else 0)
-        if room<1: raise Refused(400, f'The prompt has {len(ids)} tokens, and the model takes {self.be.length} with the answer.', 'messages' if kind=='chat' else 'prompt', 'context_length_exceeded')
+        if room<1:
+            raise Refused(400, f'The prompt has {len(ids)} tokens, and the model takes {self.be.length} '
+                          'with the answer.',
+                          'messages' if kind=='chat' else 'prompt', 'context_length_exceeded')
         limit = d.get('max_completion_tokens') or d.get('max_tokens') or (self.max_tokens if kind=='chat' else 16)
         stop = [d['stop']] if isinstance(d.get('stop'), str) else d.get('stop', ())
-        job = Job(ids, min(limit, room), d.get('temperature', 1.), d.get('top_p', 1.), stop, d.get('seed'), self.seconds); job.q = asyncio.Queue()
+        job = Job(ids, min(limit, room), d.get('temperature', 1.), d.get('top_p', 1.), stop, d.get('seed'),
+                  self.seconds)
+        job.q = asyncio.Queue()
         try: return self.engine.submit(job)
-        except Full: raise Refused(429, 'All places are taken and the queue is full. Try again soon.', code='queue_full', kind='rate_limit_error', headers={'retry-after': '1'}) from None
+        except Full:
+            raise Refused(429, 'All places are taken and the queue is full. Try again soon.', code='queue_full',
+                          kind='rate_limit_error', headers={'retry-after': '1'}) from None
     def to_dict(self): return dict(id=self.name, object='model', created=self.since, owned_by='flow2lab')
 
-# %% ../nbs/80_serve.ipynb #f63fb2da
+# %% ../nbs/80_serve.ipynb #a14a3419
 def make_app(server):
     "The FastAPI application: models, completions, chat, the page, health"
     from fastapi import FastAPI, Request, Response
@@ -559,7 +634,8 @@ def make_app(server):
         except (ValueError, RecursionError): raise Refused(400, 'The body is not JSON.', code='invalid_json') from None
         d = check_fields(d, kind); streams = d.get('stream', False)
         job = await server.job(d, kind)
-        return Told(Answer(kind, server.name, job, d.get('stream_options', {}).get('include_usage', False)), stream if streams else whole)
+        return Told(Answer(kind, server.name, job, d.get('stream_options', {}).get('include_usage', False)),
+                    stream if streams else whole)
 
     @app.get('/health')
     async def health(): return dict(status='ok')
@@ -569,7 +645,9 @@ def make_app(server):
     async def models(): return dict(object='list', data=[server.to_dict()])
     @app.get('/v1/models/{name:path}')
     async def model(name: str):
-        if name!=server.name: raise Refused(404, f"There is no model '{name[:80]}' here, only '{server.name}'.", 'model', 'model_not_found')
+        if name!=server.name:
+            raise Refused(404, f"There is no model '{name[:80]}' here, only '{server.name}'.",
+                          'model', 'model_not_found')
         return server.to_dict()
     @app.post('/v1/chat/completions')
     async def chat(request: Request): return await told(request, 'chat')
@@ -579,16 +657,19 @@ def make_app(server):
     @app.exception_handler(Refused)
     async def refused(request, e): return JSONResponse(e.body(), e.status, headers=e.headers)
     @app.exception_handler(HTTPException)
-    async def other(request, e): return JSONResponse(Refused(e.status_code, f'{e.detail}: {request.method} {request.url.path[:80]}').body(), e.status_code, headers=e.headers)
+    async def other(request, e):
+        return JSONResponse(Refused(e.status_code, f'{e.detail}: {request.method} {request.url.path[:80]}').body(),
+                            e.status_code, headers=e.headers)
     return app
 
-# %% ../nbs/80_serve.ipynb #8d6fb150
+# %% ../nbs/80_serve.ipynb #53abe71b
 LOCAL = ('localhost', '127.0.0.1', '::1')
 
 def take_token():
     "The token from the environment, which then no longer has it; '' for none"
     token = os.environ.pop('FLOW2LAB_TOKEN', '').strip()
-    if not token.isascii(): raise UserError('FLOW2LAB_TOKEN: letters, digits and signs of ASCII only, or a browser cannot send it.')
+    if not token.isascii():
+        raise UserError('FLOW2LAB_TOKEN: letters, digits and signs of ASCII only, or a browser cannot send it.')
     return token
 
 def is_loopback(host):
@@ -598,7 +679,8 @@ def is_loopback(host):
 def check_door(host, token):
     "Raise `UserError` for a server that anyone could use"
     if not token and not is_loopback(host):
-        raise UserError(f'--host {host}: others could reach this server, so it needs a token. Set the environment variable FLOW2LAB_TOKEN, '
+        raise UserError(f'--host {host}: others could reach this server, so it needs a token. '
+                        'Set the environment variable FLOW2LAB_TOKEN, '
                         f'e.g. with: read -rs FLOW2LAB_TOKEN; export FLOW2LAB_TOKEN')
 
 def listen(host, port):
@@ -607,14 +689,16 @@ def listen(host, port):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=512)
     except (OSError, OverflowError) as e:
-        raise UserError(f'--host {host} --port {port}: cannot listen there ({getattr(e, "strerror", None) or e}). Choose another port; 0 takes a free one.') from None
+        raise UserError(f'--host {host} --port {port}: cannot listen there ({getattr(e, "strerror", None) or e}). '
+                        'Choose another port; 0 takes a free one.') from None
 
 def model_name(where):
     "What a model is called to the outside: a shipped name or hub id as it is, a path by its last telling part"
     p = Path(str(where)); parts = [x for x in p.parts if x not in ('adapter', 'last', 'best', '..', '.')]
-    return str(where) if not p.exists() and not str(where).startswith(('/', '.', '~')) else Path(parts[-1]).stem if p.suffix=='.gguf' else parts[-1]
+    return (str(where) if not p.exists() and not str(where).startswith(('/', '.', '~')) else
+            Path(parts[-1]).stem if p.suffix=='.gguf' else parts[-1])
 
-# %% ../nbs/80_serve.ipynb #0db683dd
+# %% ../nbs/80_serve.ipynb #d7b5d781
 def serve(model,                       # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
           host:str='127.0.0.1',        # Another needs FLOW2LAB_TOKEN
           port:int=8000,               # 0 for a free one
@@ -630,10 +714,13 @@ def serve(model,                       # Shipped name, folder (full, quantized, 
     "Serve `model` until ctrl-C. Raises `UserError` for a door left open, a port taken, a model not there"
     token = take_token(); check_door(host, token)
     try: import fastapi, uvicorn
-    except ImportError as e: raise UserError(f'serve needs {e.name}. Install it: pip install "flow2lab[serve]".') from None
+    except ImportError as e:
+        raise UserError(f'serve needs {e.name}. Install it: pip install "flow2lab[serve]".') from None
     for k,v in dict(rows=rows, time_limit=time_limit, max_tokens=max_tokens).items():
         if v<=0: raise UserError(f'--{k.replace("_", "-")} {v}: more than 0.')
-    if not all(o.startswith(('http://', 'https://')) for o in _listed(allow_origin)): raise UserError(f'--allow-origin {allow_origin}: an origin looks like https://my.site or http://localhost:3000.')
+    if not all(o.startswith(('http://', 'https://')) for o in _listed(allow_origin)):
+        raise UserError(f'--allow-origin {allow_origin}: an origin looks like https://my.site or '
+                        'http://localhost:3000.')
     with listen(host, port) as sock:
         from flow2lab.evaluate import load_backend
         server = Server(load_backend(model, backend, dtype), model_name(model), rows, queue, time_limit, max_tokens)
@@ -642,16 +729,18 @@ def serve(model,                       # Shipped name, folder (full, quantized, 
             async def startup(self, sockets=None):
                 await super().startup(sockets)
                 url = f'http://{f"[{host}]" if ":" in host else host}:{sock.getsockname()[1]}'
-                ready(f'{server.name} on {url} (chat page) and {url}/v1 (OpenAI interface)' + (', with token' if token else '') + '. ctrl-C ends.')
+                ready(f'{server.name} on {url} (chat page) and {url}/v1 (OpenAI interface)'
+                      + (', with token' if token else '') + '. ctrl-C ends.')
             async def shutdown(self, sockets=None): server.engine.close(); await super().shutdown(sockets)
-        config = uvicorn.Config(app, log_level='warning', access_log=False, lifespan='off', server_header=False, ws='none', timeout_graceful_shutdown=5)
+        config = uvicorn.Config(app, log_level='warning', access_log=False, lifespan='off', server_header=False,
+                                ws='none', timeout_graceful_shutdown=5)
         try: Uvicorn(config).run(sockets=[sock])
         except KeyboardInterrupt: pass
         finally: server.engine.close(); server.engine.thread.join(10)
 
 def _listed(s): return [x.strip().rstrip('/') for x in s.split(',') if x.strip()]
 
-# %% ../nbs/80_serve.ipynb #0845f246
+# %% ../nbs/80_serve.ipynb #57ff365b
 def chat_turn(be, engine, turns, limit, temperature=0., top_p=1., seed=None, say=print):
     "Ask the model for the next turn, saying it as it comes; returns (text, reason it ended)"
     import queue
@@ -678,10 +767,12 @@ def chat(model,                        # As for serve
          seed:int=0,                   # Of answers with a temperature
          backend:str='hf', dtype:str='auto'):
     "Talk with `model` in the terminal until ctrl-D or an empty ctrl-C"
-    for k,ok,v in (('temperature', temperature>=0, temperature), ('top_p', 0<top_p<=1, top_p), ('max_tokens', max_tokens>0, max_tokens)):
+    for k,ok,v in (('temperature', temperature>=0, temperature), ('top_p', 0<top_p<=1, top_p),
+                   ('max_tokens', max_tokens>0, max_tokens)):
         if not ok: raise UserError(f'--{k.replace("_", "-")} {v}: out of range.')
     from flow2lab.evaluate import load_backend
-    be = load_backend(model, backend, dtype); engine, turns = Engine(be, rows=1, queue=1), [dict(role='system', content=system)] if system else []
+    be = load_backend(model, backend, dtype)
+    engine, turns = Engine(be, rows=1, queue=1), [dict(role='system', content=system)] if system else []
     say, tty = lambda s: print(s, end='', flush=True), sys.stdin.isatty()
     if tty: print(f'{model_name(model)}: ctrl-D ends, ctrl-C stops an answer.')
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -689,5 +780,6 @@ def chat(model,                        # As for serve
             if (text := input('> ' if tty else '').strip()):
                 turns.append(dict(role='user', content=text))
                 said, why = chat_turn(be, engine, turns, max_tokens, temperature, top_p, seed+i, say)
-                turns.append(dict(role='assistant', content=said)); print({'length': ' [cut off]', 'stopped': ' [stopped]'}.get(why, ''))
+                turns.append(dict(role='assistant', content=said))
+                print({'length': ' [cut off]', 'stopped': ' [stopped]'}.get(why, ''))
     engine.close(); engine.thread.join(10)
