@@ -13,7 +13,8 @@ def run(root):
     def _run(*cmd, timeout=600, env=None, cwd=root, **kw):
         exe = Path(sys.executable).parent/cmd[0]
         cmd = [str(exe if exe.exists() else cmd[0]), *map(str, cmd[1:])]
-        p = subprocess.Popen(cmd, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        p = subprocess.Popen(cmd, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             start_new_session=True,
                              env={**os.environ, **(env or {})}, **kw)
         try: out, err = p.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
