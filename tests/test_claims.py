@@ -14,7 +14,8 @@ def test_readme_tables_are_the_reference_records():
     text = (ROOT/'README.md').read_text()
     for study,scale in (('methods', 'nano'), ('methods-small', 'small')):
         s = scale_of(scale); df = load_records(REF/study)
-        for line in str(compare(df, metric=in_domain(s), baseline=base_spec(s).name if scale=='nano' else None)).splitlines():
+        for line in str(compare(df, metric=in_domain(s),
+                                baseline=base_spec(s).name if scale=='nano' else None)).splitlines():
             assert line.strip() in text, f'README lacks: {line}'
 
 def test_readme_speeds_are_the_reference_records():
@@ -24,7 +25,8 @@ def test_readme_speeds_are_the_reference_records():
     assert len(rows)>30
     for r in rows:
         assert benchmark_line(r).strip() in text, f'README lacks: {benchmark_line(r)}'
-        better = r['ours']/r['peer'] if r.get('higher') or '/s' in r['unit'] or r['unit']=='pairs' else r['peer']/r['ours']
+        better = (r['ours']/r['peer'] if r.get('higher') or '/s' in r['unit'] or r['unit']=='pairs' else
+                  r['peer']/r['ours'])
         assert abs(better/r['ratio']-1)<.02, r
         assert r['hardware'] and r['versions'] and r['peer_name'], r['work']
 
