@@ -8,8 +8,9 @@ SHARED = ROOT.parent/'shared'/'data'
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason='no ../shared/data beside this checkout')
 
 def cli(*args, **env):
-    return subprocess.run([sys.executable, '-c', 'import sys; from flow2lab.cli import main; sys.exit(main())', *map(str, args)],
-                          capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+    return subprocess.run([sys.executable, '-c', 'import sys; from flow2lab.cli import main; sys.exit(main())',
+                           *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
 
 def fails(*args, says, **env):
     r = cli(*args, **env)
@@ -23,14 +24,16 @@ def only_json(r):
 
 @needs_data
 def test_score_equals_the_official_script():
-    got = only_json(cli('score', 'squad_v2', SHARED/'squad_v2/pred_perturbed.json', '--gold', SHARED/'squad_v2/dev.json', '--json'))
+    got = only_json(cli('score', 'squad_v2', SHARED/'squad_v2/pred_perturbed.json',
+                        '--gold', SHARED/'squad_v2/dev.json', '--json'))
     want = json.loads((SHARED/'squad_v2/official_perturbed.json').read_text())
     for k in ('exact', 'f1', 'HasAns_f1', 'NoAns_f1', 'total'): assert got[k]==want[k], k
 
 @needs_data
 def test_score_gsm8k_in_the_gold_files_order(tmp_path):
     gold = [json.loads(l) for l in (SHARED/'gsm8k/test.jsonl').read_text().splitlines()]
-    (tmp_path/'p.jsonl').write_text('\n'.join(json.dumps(dict(prediction=g['answer'] if i%4 else 'no idea')) for i,g in enumerate(gold)))
+    (tmp_path/'p.jsonl').write_text('\n'.join(json.dumps(dict(prediction=g['answer'] if i%4 else 'no idea'))
+                                              for i,g in enumerate(gold)))
     got = only_json(cli('score', 'gsm8k', tmp_path/'p.jsonl', '--gold', SHARED/'gsm8k/test.jsonl', '--json'))
     wrong = len(range(0, len(gold), 4))
     assert got['total']==len(gold) and got['unparsed']==wrong and abs(got['accuracy']-(1-wrong/len(gold)))<1e-12
@@ -60,7 +63,8 @@ def test_compare_reads_pefts_files():
     (['list', 'methd'], 'Did you mean "method"'),
     (['bench', 'nanoo'], 'nanoo'),
 ])
-def test_mistakes_cost_a_sentence_and_exit_code_2(args, says): fails(*args, says=says, HF_ENDPOINT='http://127.0.0.1:9')
+def test_mistakes_cost_a_sentence_and_exit_code_2(args, says):
+    fails(*args, says=says, HF_ENDPOINT='http://127.0.0.1:9')
 
 def test_the_issues_example(tmp_path):
     f = tmp_path/'train.jsonl'; f.write_text('{"text": "a"}\n{"text":1\n{"text": "b"}\n')
@@ -75,11 +79,14 @@ def test_json_is_one_object_on_stdout():
     assert got['metrics']['nano_choice/accuracy']['n']==20
 
 def test_a_run_is_recorded_once(tmp_path):
-    args = ['run', 'base=micro', 'task=nano_math', 'task_args.n=60', 'method=lora', 'train.lr=5e-3', 'eval=nano_math:20', '--json']
+    args = ['run', 'base=micro', 'task=nano_math', 'task_args.n=60', 'method=lora', 'train.lr=5e-3',
+            'eval=nano_math:20', '--json']
     a = only_json(cli(*args, FLOW2LAB_RESULTS=str(ROOT/'data/results/test-cli'), FLOW2LAB_OUTPUTS=str(tmp_path)))
     try:
-        folder = next((ROOT/'data/results/test-cli/runs').glob('*--'+a['id'])); before = (folder/'metrics.json').stat().st_mtime_ns
-        assert {'spec.json', 'metrics.json', 'items.parquet', 'steps.jsonl', 'env.json', 'notebook.ipynb'} <= {p.name for p in folder.iterdir()}
+        folder = next((ROOT/'data/results/test-cli/runs').glob('*--'+a['id']))
+        before = (folder/'metrics.json').stat().st_mtime_ns
+        assert {'spec.json', 'metrics.json', 'items.parquet', 'steps.jsonl', 'env.json',
+                'notebook.ipynb'} <= {p.name for p in folder.iterdir()}
         b = only_json(cli(*args, FLOW2LAB_RESULTS=str(ROOT/'data/results/test-cli'), FLOW2LAB_OUTPUTS=str(tmp_path)))
         assert a==b and (folder/'metrics.json').stat().st_mtime_ns==before
     finally:
