@@ -25,7 +25,8 @@ def test_company_changes_nothing():
     prompts = ['', 'Lily', *(text[:n] for n in (45, 46, 200)), text[:60]+' One day']
     alone = [be.generate([p], 25)[0] for p in prompts]
     naive = hf(be.model, be.tok, shortcuts=False)
-    for b in (be, naive, hf(be.model, be.tok, batch_tokens=50, cache_bytes=10**5)): assert b.generate(prompts, 25) == alone
+    for b in (be, naive, hf(be.model, be.tok, batch_tokens=50, cache_bytes=10**5)):
+        assert b.generate(prompts, 25) == alone
     pairs = [(p, [' dog', ' cat and the dog', '.']) for p in prompts[2:]]
     for ss,ns in zip(be.loglikelihood(pairs), naive.loglikelihood(pairs)):
         for s,n in zip(ss, ns): assert abs(s.logprob-n.logprob)/s.tokens < 1e-5 and s.greedy==n.greedy
@@ -45,7 +46,9 @@ def test_evaluate_real_rows():
     "Real ARC, SQuAD and GSM8K rows: every item accounted for, twice the same"
     from flow2lab.evaluate import evaluate, hf
     be = hf.load(stories/'hf')
-    ask = dict(arc=dict(n=12, path=str(data/'arc'), subset='easy'), squad_v2=dict(n=6, path=str(data/'squad_v2/dev.json')), gsm8k=dict(n=3, path=str(data/'gsm8k/test.jsonl')))
+    ask = dict(arc=dict(n=12, path=str(data/'arc'), subset='easy'),
+               squad_v2=dict(n=6, path=str(data/'squad_v2/dev.json')),
+               gsm8k=dict(n=3, path=str(data/'gsm8k/test.jsonl')))
     a, b = (evaluate(be, eval=ask, progress=False) for _ in range(2))
     assert a.items.drop(columns='seconds').equals(b.items.drop(columns='seconds')) and len(a.items)==21
     assert 0 <= a.metrics['arc/accuracy']['value'] <= 1 and a.metrics['arc/accuracy']['n']==12
