@@ -35,7 +35,8 @@ def test_real_file(path, container, shape, rows):
 def test_nothing_of_a_row_is_lost():
     for (_,raw),r in zip(raw_rows(shared/'gsm8k/test.jsonl'), read_rows(shared/'gsm8k/test.jsonl'), strict=True):
         assert [m['content'] for m in r['messages']] == [raw['question'], raw['answer']]
-    for (_,raw),r in zip(raw_rows(shared/'preference/dpo_en_demo.json'), read_rows(shared/'preference/dpo_en_demo.json'), strict=True):
+    for (_,raw),r in zip(raw_rows(shared/'preference/dpo_en_demo.json'),
+                         read_rows(shared/'preference/dpo_en_demo.json'), strict=True):
         assert [m['content'] for m in r['prompt']] == [m['value'] for m in raw['conversations']]
         assert (r['chosen'], r['rejected']) == (raw['chosen']['value'], raw['rejected']['value'])
 
@@ -44,13 +45,15 @@ def test_line_numbers_in_a_json_list():
     path = shared/'alpaca/alpaca_en_demo.json'
     lines = path.read_text(encoding='utf-8').split('\n')
     for n,row in raw_rows(path):
-        assert lines[n-1].strip() == '{' and json.loads('{' + lines[n].strip().rstrip(',') + '}') == dict(instruction=row['instruction'])
+        assert (lines[n-1].strip() == '{'
+                and json.loads('{' + lines[n].strip().rstrip(',') + '}') == dict(instruction=row['instruction']))
 
 @real
 def test_benchmarks_are_pointed_to_their_task():
     assert 'Use the task squad_v2' in complaint(read_rows, shared/'squad_v2/dev.json')
     assert 'Use the task arc' in complaint(read_rows, shared/'arc/ARC-Challenge-Dev.jsonl')
-    assert 'no known shape has the fields id, name, instruction' in complaint(read_rows, shared/'alpaca/seed_tasks.jsonl')
+    assert ('no known shape has the fields id, name, instruction'
+            in complaint(read_rows, shared/'alpaca/seed_tasks.jsonl'))
 
 @real
 def test_weights_are_not_data():
@@ -61,9 +64,11 @@ def test_containers_of_real_rows_agree(tmp_path):
     import pandas as pd
     src = shared/'dolly/dolly_sample.jsonl'
     df, want = pd.read_json(src, lines=True), list(read_rows(src))
-    df.to_parquet(tmp_path/'d.parquet'); df.to_csv(tmp_path/'d.csv', index=False); df.to_json(tmp_path/'d.json', orient='records')
+    df.to_parquet(tmp_path/'d.parquet'); df.to_csv(tmp_path/'d.csv', index=False)
+    df.to_json(tmp_path/'d.json', orient='records')
     df.to_json(tmp_path/'columns.json'); df.to_json(tmp_path/'d.jsonl.gz', orient='records', lines=True)
-    for name in ('d.parquet', 'd.csv', 'd.json', 'columns.json', 'd.jsonl.gz'): assert list(read_rows(tmp_path/name)) == want, name
+    for name in ('d.parquet', 'd.csv', 'd.json', 'columns.json', 'd.jsonl.gz'):
+        assert list(read_rows(tmp_path/name)) == want, name
 
 @real
 def test_split_of_real_rows_stays():
@@ -78,7 +83,8 @@ def test_shipped_sets():
     got = {n: check(n+'.jsonl').rows for n in ('quotes_train', 'train', 'valid', 'test')}
     assert got == dict(quotes_train=20, train=80, valid=15, test=15)
     for n in ('train', 'valid', 'test'):
-        for _,r in raw_rows(n+'.jsonl'): assert set(r)=={'text'} and r['text'].startswith('### User\n') and '\n\n### Assistant\n' in r['text']
+        for _,r in raw_rows(n+'.jsonl'):
+            assert set(r)=={'text'} and r['text'].startswith('### User\n') and '\n\n### Assistant\n' in r['text']
     assert all(set(r)=={'input', 'output'} for _,r in raw_rows('sample_training_data.jsonl'))
     assert all(r['author'] in r['response'] for _,r in raw_rows('quotes_train.jsonl'))
 
@@ -92,7 +98,8 @@ def test_code_in_shipped_answers_compiles():
 
 def test_the_message_of_the_readme(tmp_path):
     p = put(tmp_path, 'train.jsonl', '{"text": "one"}\n{"a": 12\n{"text": "three"}\n')
-    want = 'train.jsonl:2: invalid JSON at column 9 (missing "}"). 1 of 3 rows bad. Nothing written. Fix it, or use --skip-bad.'
+    want = ('train.jsonl:2: invalid JSON at column 9 (missing "}"). 1 of 3 rows bad. Nothing written. '
+            'Fix it, or use --skip-bad.')
     assert complaint(read_rows, p) == check(p).message == want
 
 def test_skip_bad_says_so(tmp_path, capsys):
@@ -102,27 +109,37 @@ def test_skip_bad_says_so(tmp_path, capsys):
     assert 'Fix it.' in complaint(read_rows, put(tmp_path, 'b.jsonl', '{"text": ""}'), skip_bad=True)
 
 @pytest.mark.parametrize('name,content,want', [
-    ('a.jsonl', '', 'a.jsonl: empty, no rows'), ('a.json', '[]', 'empty, no rows'), ('a.csv', 'prompt,response\n', 'empty, no rows'),
-    ('a.txt', ' \n\n', 'empty, no rows'), ('a.jsonl', '{"text": "caf\xe9"}'.encode('latin-1'), 'a.jsonl:1: not UTF-8 (byte 0xE9 at column 14)'),
+    ('a.jsonl', '', 'a.jsonl: empty, no rows'), ('a.json', '[]', 'empty, no rows'),
+    ('a.csv', 'prompt,response\n', 'empty, no rows'), ('a.txt', ' \n\n', 'empty, no rows'),
+    ('a.jsonl', '{"text": "caf\xe9"}'.encode('latin-1'), 'a.jsonl:1: not UTF-8 (byte 0xE9 at column 14)'),
     ('a.json', '[\n{"text": "caf\xe9"}]'.encode('latin-1'), 'a.json:2: not UTF-8 (byte 0xE9 at column 14)'),
-    ('a.csv', 'prompt,response\na,caf\xe9\n'.encode('latin-1'), 'a.csv:2: not UTF-8'), ('a.txt', 'a\0b', 'a.txt:1: a NUL byte at column 2'),
+    ('a.csv', 'prompt,response\na,caf\xe9\n'.encode('latin-1'), 'a.csv:2: not UTF-8'),
+    ('a.txt', 'a\0b', 'a.txt:1: a NUL byte at column 2'),
     ('a.csv', 'prompt,response\na,b\0\n', 'NUL'), ('a.jsonl', '{"text": "a\0b"}', 'a NUL byte at column 12'),
-    ('a.jsonl', '{"text": "a"}'.encode('utf-16'), 'UTF-16'), ('a.jsonl', '["a"]', 'a row is an object {...}, this is a list'),
+    ('a.jsonl', '{"text": "a"}'.encode('utf-16'), 'UTF-16'),
+    ('a.jsonl', '["a"]', 'a row is an object {...}, this is a list'),
     ('a.jsonl', '{"text": '+'['*100_000+'}', 'nested more than 64 deep'), ('a.json', '['*100_000, 'nested too deeply'),
     ('a.json', '[{"text": "a"},\n {"text": "b"\n {"text": "c"}]', 'a.json:3: invalid JSON at column 2 (missing ","'),
     ('a.json', '[{"text": "a"},\n {"text": "b"}', 'a.json:2: invalid JSON at column 15 (missing "]")'),
     ('a.json', '[{"text": "a"},]', 'a comma too many'), ('a.json', '[{"text": "a"}] x', 'something follows'),
-    ('a.json', '"text"', 'a row is an object'), ('a.jsonl', '{\n"text": "a"\n}', 'name a file that holds one list .json'),
-    ('a.csv', 'prompt,response\na\n', 'a.csv:2: 1 fields where the header has 2'), ('a.csv', 'prompt,response\na,b,c\n', '3 fields where the header has 2'),
-    ('a.csv', 'prompt,answer\na,b\n', 'no known shape has the fields prompt, answer'), ('a.csv', 'prompt,prompt\na,b\n', 'two with the same'),
-    ('a.csv', 'prompt,response\na,"b\nc,d\n', 'broken CSV'), ('a.csv', 'prompt,response\na,\n', 'a.csv:2: empty answer'),
+    ('a.json', '"text"', 'a row is an object'),
+    ('a.jsonl', '{\n"text": "a"\n}', 'name a file that holds one list .json'),
+    ('a.csv', 'prompt,response\na\n', 'a.csv:2: 1 fields where the header has 2'),
+    ('a.csv', 'prompt,response\na,b,c\n', '3 fields where the header has 2'),
+    ('a.csv', 'prompt,answer\na,b\n', 'no known shape has the fields prompt, answer'),
+    ('a.csv', 'prompt,prompt\na,b\n', 'two with the same'),
+    ('a.csv', 'prompt,response\na,"b\nc,d\n', 'broken CSV'),
+    ('a.csv', 'prompt,response\na,\n', 'a.csv:2: empty answer'),
     ('a.parquet', b'PAR1 and nothing else', 'not a sound Parquet file'), ('a.parquet', b'', 'size is 0 bytes'),
     ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n'*9999, mtime=0)[:-60], 'the gzip stream stops in the middle'),
-    ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n'*99, mtime=0)[:-6]+b'000000', 'damaged gzip'), ('a.zip', b'PK\x03\x04....', 'a zip archive'),
-    ('a.jsonl', '{"prompt": "a", "response": 4}', 'is a number, not text'), ('a.jsonl', '{"messages": "hi"}', 'messages is a string'),
+    ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n'*99, mtime=0)[:-6]+b'000000', 'damaged gzip'),
+    ('a.zip', b'PK\x03\x04....', 'a zip archive'),
+    ('a.jsonl', '{"prompt": "a", "response": 4}', 'is a number, not text'),
+    ('a.jsonl', '{"messages": "hi"}', 'messages is a string'),
     ('a.jsonl', '{"messages": []}', 'empty messages'), ('a.jsonl', '{"text": "\\ud800"}', 'surrogate'),
     ('a.jsonl', '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}', 'a.jsonl:2: the id 1 has been used before'),
-    ('a.jsonl', '{"text": "a"}\n{"prompt": "a", "response": "b"}', 'mixed shapes: prompt_response here, text since line 1'),
+    ('a.jsonl', '{"text": "a"}\n{"prompt": "a", "response": "b"}',
+     'mixed shapes: prompt_response here, text since line 1'),
     ('a.jsonl', '{"prompt": "a", "chosen": "b", "rejected": "b"}', 'chosen and rejected are the same'),
     ('a.jsonl', '{"messages": [{"role": "user", "content": "a"}]}', 'no answer: the last message is from user')])
 def test_bad_file(tmp_path, name, content, want):
@@ -137,7 +154,8 @@ def test_byte_order_mark_is_noted(tmp_path):
     assert r.ok and 'byte order mark' in str(r)
 
 def test_paths(tmp_path):
-    (tmp_path/'loop').symlink_to(tmp_path/'loop'); (tmp_path/'lost.jsonl').symlink_to(tmp_path/'gone'); os.mkfifo(tmp_path/'pipe')
+    (tmp_path/'loop').symlink_to(tmp_path/'loop'); (tmp_path/'lost.jsonl').symlink_to(tmp_path/'gone')
+    os.mkfifo(tmp_path/'pipe')
     assert 'a link that leads nowhere' in complaint(read_rows, tmp_path/'loop')
     assert 'a link that leads nowhere' in complaint(read_rows, tmp_path/'lost.jsonl')
     assert 'not a regular file' in complaint(read_rows, tmp_path/'pipe')
@@ -155,7 +173,8 @@ def test_a_huge_line_is_passed_over(tmp_path, monkeypatch):
 
 def measured(code, *args):
     "What a process of its own prints"
-    r = subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], capture_output=True, text=True, cwd=project_root())
+    r = subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, args)],
+                       capture_output=True, text=True, cwd=project_root())
     assert r.returncode==0, r.stderr
     return r.stdout.strip()
 
@@ -165,7 +184,8 @@ def test_memory_does_not_grow(tmp_path):
     small, big = 2_000, 20_000                                              # 4 MB and 40 MB
     for n in (small, big):
         write_rows(map(row, range(n)), tmp_path/f'{n}.jsonl')
-        pq.write_table(pa.Table.from_pylist(list(map(row, range(n)))), tmp_path/f'{n}.parquet', row_group_size=n, compression='none')
+        pq.write_table(pa.Table.from_pylist(list(map(row, range(n)))), tmp_path/f'{n}.parquet',
+                       row_group_size=n, compression='none')
     code = '''
         import resource, sys
         from flow2lab.formats import read_rows, convert
@@ -199,7 +219,8 @@ def test_disk_full_leaves_the_old_file(tmp_path):
 
 def test_killed_while_writing_leaves_the_old_file(tmp_path):
     dst = tmp_path/'dst.jsonl'; dst.write_text('old')
-    code = 'import itertools, sys; from flow2lab.formats import write_rows; write_rows((dict(text=str(i)) for i in itertools.count()), sys.argv[1])'
+    code = ('import itertools, sys; from flow2lab.formats import write_rows; '
+            'write_rows((dict(text=str(i)) for i in itertools.count()), sys.argv[1])')
     p = subprocess.Popen([sys.executable, '-c', code, str(dst)], cwd=project_root())
     try:
         deadline = time.time()+30
@@ -216,13 +237,15 @@ def test_broken_row_writes_nothing(tmp_path):
     with pytest.raises(UserError, match='ends in .jsonl'): convert(p, tmp_path/'b.txt')
 
 def test_inventory(tmp_path, monkeypatch):
-    for k,d in dict(DATA='data', RESULTS='results', OUTPUTS='outputs').items(): monkeypatch.setenv('FLOW2LAB_'+k, str(tmp_path/d))
+    for k,d in dict(DATA='data', RESULTS='results', OUTPUTS='outputs').items():
+        monkeypatch.setenv('FLOW2LAB_'+k, str(tmp_path/d))
     assert inventory()['datasets']['count'] == 0                            # no folders yet
     write_rows([dict(text='a'), dict(text='b')], tmp_path/'data'/'a.jsonl')
     (tmp_path/'data'/'README.md').write_text('not data')
     run, adapter = tmp_path/'results'/'methods'/'one--0', tmp_path/'outputs'/'quotes_lora_adapter'
     run.mkdir(parents=True); adapter.mkdir(parents=True)
-    (run/'metrics.json').write_text('{}'); (adapter/'adapter_config.json').write_text('{"peft_type": "LORA", "base_model_name_or_path": "nano"}')
+    (run/'metrics.json').write_text('{}')
+    (adapter/'adapter_config.json').write_text('{"peft_type": "LORA", "base_model_name_or_path": "nano"}')
     inv = inventory()
     assert (inv['datasets']['count'], inv['datasets']['rows']) == (1, 2)
     assert inv['results'] == dict(runs=1, studies=dict(methods=1), bytes=2)
