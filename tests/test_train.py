@@ -11,7 +11,8 @@ def _model(full=False):
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen3Config, Qwen3ForCausalLM
     torch.set_num_threads(1); torch.manual_seed(0)
-    cfg = Qwen3Config(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    cfg = Qwen3Config(vocab_size=320, hidden_size=32, num_hidden_layers=2,
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=8,
                       intermediate_size=64, tie_word_embeddings=True, max_position_embeddings=1024)
     if full: return Qwen3ForCausalLM(cfg)
     return get_peft_model(Qwen3ForCausalLM(cfg), LoraConfig(r=4, target_modules='all-linear', lora_dropout=0.1))
@@ -19,24 +20,31 @@ def _model(full=False):
 def _samples(n=60, size=30):
     import numpy as np
     rng = np.random.default_rng(0)
-    return [dict(input_ids=x, labels=x) for x in (rng.integers(0, 320, rng.integers(size//2, size)).tolist() for _ in range(n))]
+    return [dict(input_ids=x, labels=x)
+            for x in (rng.integers(0, 320, rng.integers(size//2, size)).tolist() for _ in range(n))]
 
 SETTINGS = dict(lr=1e-2, epochs=6, batch_tokens=256, save_every=3, eval_every=5)
 
 def _run(out, settings=SETTINGS, pace=0, fsize=None, memory=None, world=None, full=False, note='result.json', **kw):
     "One training in a process of its own; what it came to is written to `note`"
-    if world: os.environ.update(RANK=str(world[0]), LOCAL_RANK=str(world[0]), WORLD_SIZE=str(world[1]), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(world[2]))
+    if world:
+        os.environ.update(RANK=str(world[0]), LOCAL_RANK=str(world[0]), WORLD_SIZE=str(world[1]),
+                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(world[2]))
     import torch
     from flow2lab.core import UserError
     from flow2lab.train import Curve, fit
-    if pace: write = Curve.write; Curve.write = lambda self: (write(self), time.sleep(pace))[0]     # time enough to be killed in
+    if pace:      # time enough to be killed in
+        write = Curve.write
+        Curve.write = lambda self: (write(self), time.sleep(pace))[0]
     model = _model(full)
     samples = _samples(**kw)
     if memory: resource.setrlimit(resource.RLIMIT_AS, (_vm()+memory, resource.RLIM_INFINITY))
     if fsize: resource.setrlimit(resource.RLIMIT_FSIZE, (fsize, resource.RLIM_INFINITY))
     try: r = fit(model, None, samples, settings, out, valid=samples[:5], progress=False)
     except UserError as e: d = dict(error=str(e))
-    else: d = dict(status=r.status, message=r.message, resumed=r.resumed, steps=[{k: v for k,v in s.items() if k!='seconds'} for s in r.steps])
+    else:
+        d = dict(status=r.status, message=r.message, resumed=r.resumed,
+                 steps=[{k: v for k,v in s.items() if k!='seconds'} for s in r.steps])
     if fsize: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,)*2)
     (Path(out).parent/note).write_text(json.dumps(d))
 
@@ -67,7 +75,8 @@ def test_killed_at_several_moments_resumes_to_the_same_bits(tmp_path, unkilled):
     out, rest = tmp_path/'run', []
     lines = lambda: (out/'steps.jsonl').read_text().count('\n') if (out/'steps.jsonl').exists() else 0
     saving = lambda: any((out/'checkpoints').glob('.checkpoint-*')) if out.exists() else False
-    for when in (lambda: lines()>=1, lambda: lines()>=5, saving, lambda: lines()>=14, saving):   # before any checkpoint, between two, while saving
+    # before any checkpoint, between two, while saving
+    for when in (lambda: lines()>=1, lambda: lines()>=5, saving, lambda: lines()>=14, saving):
         p = _start(out, pace=0.05)
         assert _wait(when, p), 'the run ended before it could be killed'
         os.kill(p.pid, signal.SIGKILL); p.join(); assert p.exitcode==-signal.SIGKILL
@@ -78,11 +87,13 @@ def test_killed_at_several_moments_resumes_to_the_same_bits(tmp_path, unkilled):
     assert got['resumed']>0 and got['status']=='ok', rest
     assert got['steps']==unkilled[0]['steps']
     assert _weights(out)==unkilled[1]
-    assert [json.loads(l)['step'] for l in (out/'steps.jsonl').read_text().splitlines()]==[s['step'] for s in got['steps']]
+    assert ([json.loads(l)['step'] for l in (out/'steps.jsonl').read_text().splitlines()]
+            ==[s['step'] for s in got['steps']])
 
 def test_full_disk_stops_with_a_sentence_and_resumes(tmp_path, unkilled):
     out = tmp_path/'run'
-    got = _done(out, fsize=24_000)                     # bytes a file may have: the curve fits, the optimizer's state does not
+    # bytes a file may have: the curve fits, the optimizer's state does not
+    got = _done(out, fsize=24_000)
     assert 'the disk is full' in got['error']
     assert not list((out/'checkpoints').glob('*')) and not (out/'last').exists()
     got = _done(out)
@@ -97,9 +108,11 @@ def test_two_processes_share_a_step(tmp_path):
     s = dict(lr=1e-3, epochs=1, batch_tokens=512, precision='fp32', save_every=2)
     one = _done(tmp_path/'one'/'run', settings=s, full=True)
     with socket.socket() as k: k.bind(('127.0.0.1', 0)); port = k.getsockname()[1]
-    ps = [_start(tmp_path/'two'/'run', settings=s, full=True, world=(r, 2, port), note=f'result{r}.json') for r in range(2)]
+    ps = [_start(tmp_path/'two'/'run', settings=s, full=True, world=(r, 2, port), note=f'result{r}.json')
+          for r in range(2)]
     for p in ps: p.join(300); assert p.exitcode==0
     two = json.loads((tmp_path/'two'/'result0.json').read_text())
-    assert [x['step'] for x in two['steps']]==[x['step'] for x in one['steps']] and two['steps'][-1]['tokens']==one['steps'][-1]['tokens']
+    assert ([x['step'] for x in two['steps']]==[x['step'] for x in one['steps']]
+            and two['steps'][-1]['tokens']==one['steps'][-1]['tokens'])
     for a,b in zip(one['steps'], two['steps']):
         for k in ('loss', 'grad_norm'): assert abs(a[k]-b[k])<1e-4*a[k]
