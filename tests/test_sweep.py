@@ -46,16 +46,20 @@ class Lab:
         self.env = {k: v for k,v in os.environ.items() if not k.startswith('FLOW2LAB')}
         self.env.update(FLOW2LAB_ROOT=str(root), OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent.parent))
     def notebook(self, name, *cells, params=None):
-        params = params or "spec_json = '{}'  # The Spec\nstudy = ''  # Its study\nfolder = ''  # Where the record goes"
-        code = lambda i, s: dict(cell_type='code', id=f'c{i}', metadata=dict(tags=[] if i else ['parameters']), source=textwrap.dedent(s).strip(),
+        params = params or ("spec_json = '{}'  # The Spec\nstudy = ''  # Its study\n"
+                            "folder = ''  # Where the record goes")
+        code = lambda i, s: dict(cell_type='code', id=f'c{i}', metadata=dict(tags=[] if i else ['parameters']),
+                                 source=textwrap.dedent(s).strip(),
                                  outputs=[], execution_count=None)
         nb = dict(cells=[code(i, s) for i,s in enumerate([params, *cells])], nbformat=4, nbformat_minor=5,
                   metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')))
         (self.root/name).write_text(json.dumps(nb)); return name
     def template(self, middle='time.sleep(0.1)'): return self.notebook('tiny.ipynb', BEGIN, middle, RECORD)
     def start(self, seeds, **kw):
-        p = subprocess.Popen([sys.executable, 'sweeper.py', json.dumps(list(seeds)), json.dumps(kw)], cwd=self.root, env=self.env, text=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),     # a test run in the background ignores ctrl-C
+        # a test run in the background ignores ctrl-C
+        p = subprocess.Popen([sys.executable, 'sweeper.py', json.dumps(list(seeds)), json.dumps(kw)],
+                             cwd=self.root, env=self.env, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self.procs.append(p); return p
     def run(self, seeds, **kw):
@@ -63,14 +67,18 @@ class Lab:
         assert out, err
         return json.loads(out)
     def here(self, seeds, **kw): return sweep([Tiny(seed=i) for i in seeds], 'demo', template='tiny.ipynb', **kw)
-    def noted(self, name): return sorted(map(int, (self.root/name).read_text().split())) if (self.root/name).exists() else []
+    def noted(self, name):
+        return sorted(map(int, (self.root/name).read_text().split())) if (self.root/name).exists() else []
     def wait_for(self, name, n=1, seconds=120):
         end = time.time()+seconds
         while len(self.noted(name))<n:
             assert time.time()<end, f'only {self.noted(name)} in {name}'
             time.sleep(0.01)
-    def records(self): return sorted(int(f.parent.name.split('-')[1]) for f in self.root.glob('data/results/demo/*--*/metrics.json'))
-    def left(self): return sorted(p.name for p in self.root.glob('data/results/demo/.sweep/*')) + sorted(p.name for p in self.root.glob('data/results/demo/.*.tmp'))
+    def records(self):
+        return sorted(int(f.parent.name.split('-')[1]) for f in self.root.glob('data/results/demo/*--*/metrics.json'))
+    def left(self):
+        return (sorted(p.name for p in self.root.glob('data/results/demo/.sweep/*'))
+                + sorted(p.name for p in self.root.glob('data/results/demo/.*.tmp')))
     def strays(self):
         "Processes that still work for this lab"
         out = []
@@ -81,7 +89,8 @@ class Lab:
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    lab = Lab(tmp_path.resolve()); monkeypatch.setenv('FLOW2LAB_ROOT', str(lab.root)); monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    lab = Lab(tmp_path.resolve())
+    monkeypatch.setenv('FLOW2LAB_ROOT', str(lab.root)); monkeypatch.setenv('OMP_NUM_THREADS', '1')
     yield lab
     for p in lab.procs:
         if p.poll() is None: p.kill()
@@ -110,7 +119,8 @@ def test_killed_sweeps_resume(lab):
 
 def test_killed_worker_is_repeated(lab):
     "kill -9 of a run's process: it is tried again, and the others notice nothing"
-    lab.template("if seed==1 and len(open(project_path('began')).read().split('1 '))<=2: open(project_path('pid'), 'w').write(str(os.getpid())); time.sleep(90)")
+    lab.template("if seed==1 and len(open(project_path('began')).read().split('1 '))<=2: "
+                 "open(project_path('pid'), 'w').write(str(os.getpid())); time.sleep(90)")
     p = lab.start([0, 1, 2], jobs=2)
     while not (lab.root/'pid').exists() or not (lab.root/'pid').read_text(): time.sleep(0.01); assert p.poll() is None
     os.kill(int((lab.root/'pid').read_text()), signal.SIGKILL)
@@ -142,12 +152,14 @@ def test_two_sweeps_share_the_work(lab):
     assert lab.noted('began') == list(range(6)) and lab.left() == []
 
 def test_failing_cell_and_timeout(lab, capsys):
-    "A failing run is tried again and recorded as failed, with its executed notebook; a hanging one is killed once; the sweep goes on"
+    "A failing run is tried again and recorded as failed, with its executed notebook; " \
+    "a hanging one is killed once; the sweep goes on"
     lab.template('if seed==1: print("x"); {}["no such key"]\nif seed==2: time.sleep(90)')
     (hung,), (ok, bad) = lab.here([2], timeout=2, progress=False), lab.here([0, 1], jobs=2)
     assert (ok.status, bad.status, hung.status) == ('ok', 'failed', 'failed')
     assert 'no such key' in bad.message and 'longer than 2 s' in hung.message and '1 failed' in capsys.readouterr().err
-    assert [i for i in lab.noted('began') if i<2] == [0, 1, 1]                    # the hung one may not have come that far
+    # the hung one may not have come that far
+    assert [i for i in lab.noted('began') if i<2] == [0, 1, 1]
     assert json.loads((bad.folder/'metrics.json').read_text())['status']=='failed'
     nb = (bad.folder/'notebook.ipynb').read_text()
     assert 'KeyError' in nb and 'seed 1' in nb and str(lab.root) not in nb
@@ -173,19 +185,22 @@ rs = s.sweep([Tiny(seed=i) for i in range(3)], 'demo', template='tiny.ipynb', jo
 print(rs, 'parent', os.getppid())'''
 
 def test_study_that_sweeps(lab, capsys):
-    "A study notebook, executed in a fork of the warm process, sweeps from inside; the runs come from the same warm process"
+    "A study notebook, executed in a fork of the warm process, sweeps from inside; " \
+    "the runs come from the same warm process"
     lab.template('print("parent", os.getppid())')
     lab.notebook('study.ipynb', STUDY, params="project = ''  # Where sweeper.py is")
     execute('study.ipynb', 'out/study.ipynb', dict(project=str(lab.root)), show=True)
     assert lab.records() == [0, 1, 2] and '3 runs, 0 were there, 3 done now' in capsys.readouterr().err
     text = (lab.root/'out/study.ipynb').read_text()
-    (parent,) = {json.loads(f.read_text())['cells'][3]['outputs'][0]['text'][0] for f in lab.root.glob('data/results/demo/*/notebook.ipynb')}
+    (parent,) = {json.loads(f.read_text())['cells'][3]['outputs'][0]['text'][0]
+                 for f in lab.root.glob('data/results/demo/*/notebook.ipynb')}
     assert 'tiny-2: ok' in text and parent.strip() in text and str(lab.root) not in text
 
 def test_killed_study_leaves_nobody(lab):
     lab.template('time.sleep(90)')
     lab.notebook('study.ipynb', STUDY, params="project = ''")
-    code = f"from flow2lab.sweep import execute; execute('study.ipynb', 'out/study.ipynb', dict(project={str(lab.root)!r}))"
+    code = ("from flow2lab.sweep import execute; "
+            f"execute('study.ipynb', 'out/study.ipynb', dict(project={str(lab.root)!r}))")
     p = subprocess.Popen([sys.executable, '-c', code], cwd=lab.root, env=lab.env); lab.procs.append(p)
     lab.wait_for('began', 2); p.kill(); p.wait()
     assert gone(lab) and lab.records() == []
@@ -196,7 +211,8 @@ def test_fresh_processes_where_forks_are_unsafe(lab):
     assert [r[1] for r in lab.run([0, 1], jobs=2)] == ['ok', 'ok'] and gone(lab)
 
 def test_torch_works_in_every_fork(lab, monkeypatch):
-    "The warm process has imported torch and never computed: several runs with two threads each finish, with equal numbers"
+    "The warm process has imported torch and never computed: several runs with two threads each finish, " \
+    "with equal numbers"
     lab.notebook('tiny.ipynb', BEGIN, '''
         import torch, numpy as np
         x = torch.randn(300, 300); y = torch.linalg.solve(x, x@x)
@@ -204,24 +220,28 @@ def test_torch_works_in_every_fork(lab, monkeypatch):
     monkeypatch.setattr('flow2lab.sweep.cores', lambda: 4)
     rs = sweep([Tiny(seed=3, eval=dict(x=i)) for i in range(3)], 'demo', jobs=2, template='tiny.ipynb', timeout=40)
     assert [r.status for r in rs] == ['ok']*3, rs
-    (out,) = {''.join(json.loads((r.folder/'notebook.ipynb').read_text())['cells'][3]['outputs'][0]['text']) for r in rs}
+    (out,) = {''.join(json.loads((r.folder/'notebook.ipynb').read_text())['cells'][3]['outputs'][0]['text'])
+              for r in rs}
     assert out.startswith('2 True') and 'True' in out[6:]
 
 def test_papermill(lab):
     "Stock papermill with our engine, from its command line; a parameter name that is code is refused before it runs"
     lab.notebook('hi.ipynb', 'print("n is", n); n+1', params='n = 1  # A number')
-    pm = [sys.executable, '-m', 'papermill', '--engine', 'flow2lab', '--no-progress-bar', 'hi.ipynb', 'out.ipynb', '-p', 'n', '3']
+    pm = [sys.executable, '-m', 'papermill', '--engine', 'flow2lab', '--no-progress-bar', 'hi.ipynb', 'out.ipynb',
+          '-p', 'n', '3']
     r = subprocess.run(pm, cwd=lab.root, env=lab.env, capture_output=True, text=True, timeout=240)
     assert r.returncode==0 and 'n is 3' in (lab.root/'out.ipynb').read_text(), r.stderr
     import papermill
     for name, says in (('n=1;open("owned", "w")#', 'would be run as code'), ('m', 'unknown parameter "m"')):
         with pytest.raises(UserError, match=says):
-            papermill.execute_notebook(str(lab.root/'hi.ipynb'), str(lab.root/'no.ipynb'), {name: 3}, engine_name='flow2lab', progress_bar=False, cwd=str(lab.root))
+            papermill.execute_notebook(str(lab.root/'hi.ipynb'), str(lab.root/'no.ipynb'), {name: 3},
+                                       engine_name='flow2lab', progress_bar=False, cwd=str(lab.root))
     assert not (lab.root/'owned').exists()
 
 @pytest.mark.parametrize('source, message', [
     ('spec_json = ""\nstudy = ""', 'unknown parameter "folder"'), ('spec_json, study = "", ""\nfolder = ""', 'line 1'),
-    ('spec_json = study = ""\nfolder = ""', 'line 1'), ('spec_json = ""; study = ""\nfolder = ""', 'line 1'), ('import os\nfolder = ""', 'line 1'),
+    ('spec_json = study = ""\nfolder = ""', 'line 1'), ('spec_json = ""; study = ""\nfolder = ""', 'line 1'),
+    ('import os\nfolder = ""', 'line 1'),
     ('spec_json = ', 'invalid syntax'), (None, 'no cells are tagged')])
 def test_templates_refused(lab, source, message):
     lab.notebook('t.ipynb', 'pass', params=source or 'x = 1')
@@ -240,7 +260,8 @@ def test_outputs_stay_in_the_project(lab, tmp_path_factory):
 def test_interrupt_during_the_warm_up(lab):
     "Ctrl-C while the warm process still imports: answered at once"
     (lab.root/'slow_import').mkdir(); (lab.root/'slow_import/matplotlib').mkdir()
-    (lab.root/'slow_import/matplotlib/__init__.py').write_text('import time; open("importing", "w").close(); time.sleep(90)')
+    (lab.root/'slow_import/matplotlib/__init__.py').write_text(
+        'import time; open("importing", "w").close(); time.sleep(90)')
     lab.env['PYTHONPATH'] += os.pathsep + str(lab.root/'slow_import')
     lab.template('import matplotlib')
     p = lab.start([0])
@@ -251,7 +272,9 @@ def test_interrupt_during_the_warm_up(lab):
 
 def test_talkative_run(lab):
     "Fifty thousand lines, and a progress bar of as many steps, cost little and arrive whole"
-    lab.notebook('talk.ipynb', 'for i in range(50_000): print(i)', 'import sys\nfor i in range(20_000): sys.stderr.write(f"\\r{i}"); sys.stderr.flush()', params='n = 1')
+    lab.notebook('talk.ipynb', 'for i in range(50_000): print(i)',
+                 'import sys\nfor i in range(20_000): sys.stderr.write(f"\\r{i}"); sys.stderr.flush()', params='n = 1')
     t = time.time(); execute('talk.ipynb', 'out.ipynb')
     cells = json.loads((lab.root/'out.ipynb').read_text())['cells']
-    assert len(cells[1]['outputs'][0]['text'])==50_000 and cells[2]['outputs'][0]['text']==['19999'] and time.time()-t<60
+    assert (len(cells[1]['outputs'][0]['text'])==50_000
+            and cells[2]['outputs'][0]['text']==['19999'] and time.time()-t<60)
