@@ -10,21 +10,25 @@ from IPython.core.inputtransformer2 import TransformerManager
 from flow2lab.core import project_root
 
 ROOT = project_root()
-ALL = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+ALL = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb')
+             if '.ipynb_checkpoints' not in p.parts)
 PARAMETERIZED = [p for p in ALL if p.startswith(('nbs/studies/', 'nbs/benchmarks/')) or p=='nbs/run.ipynb']
 EXECUTED = [p for p in ALL if p not in PARAMETERIZED]
 
-def cells(path, kind='code'): return [c for c in json.loads((ROOT/path).read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
+def cells(path, kind='code'):
+    return [c for c in json.loads((ROOT/path).read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
 def source(cell): return ''.join(cell['source'])
 
 @pytest.fixture
 def copy(tmp_path):
     "The project's notebooks and modules in a folder of their own, for commands that write"
     for f in ('pyproject.toml', 'settings.ini'): shutil.copy(ROOT/f, tmp_path)
-    for d in ('nbs', 'flow2lab'): shutil.copytree(ROOT/d, tmp_path/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for d in ('nbs', 'flow2lab'):
+        shutil.copytree(ROOT/d, tmp_path/d, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     return tmp_path
 
-def files(d, ext): return {str(p.relative_to(d)): p.read_bytes() for p in sorted(d.rglob('*'+ext)) if '__pycache__' not in p.parts}
+def files(d, ext):
+    return {str(p.relative_to(d)): p.read_bytes() for p in sorted(d.rglob('*'+ext)) if '__pycache__' not in p.parts}
 
 def test_modules_in_sync(copy, run):
     "flow2lab/ is what nbdev-export makes of the notebooks: same files, same bytes"
@@ -36,7 +40,8 @@ def test_modules_in_sync(copy, run):
     made = files(copy/'flow2lab', '.py')
     assert len(made) > 3
     assert sorted(made)==sorted(have), 'modules without a notebook, or not exported: make clean-notebooks'
-    assert [f for f in made if made[f]!=have[f]]==[], 'differ from their notebooks: edit the notebook, then make clean-notebooks'
+    assert [f for f in made if made[f]!=have[f]]==[], \
+        'differ from their notebooks: edit the notebook, then make clean-notebooks'
 
 def test_notebooks_clean(copy, run):
     "nbdev-clean has nothing to do"
@@ -61,7 +66,8 @@ def test_run(path, run):
 def test_read(path):
     tree = ast.parse('\n'.join(TransformerManager().transform_cell(source(c)) for c in cells(path)))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0]=='flow2lab': exec(ast.unparse(node), {})
+        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0]=='flow2lab':
+            exec(ast.unparse(node), {})
 
 @pytest.mark.parametrize('path', [p for p in PARAMETERIZED if 'benchmarks' not in p])
 def test_parameters(path):
