@@ -31,7 +31,8 @@ html_use_index = False
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = dict(
     navbar_end=['theme-switcher'], footer_start=['copyright'], footer_center=[], footer_end=[],
-    header_links_before_dropdown=7, navigation_depth=2, show_toc_level=2, show_prev_next=True, use_edit_page_button=False,
+    header_links_before_dropdown=7, navigation_depth=2, show_toc_level=2, show_prev_next=True,
+    use_edit_page_button=False,
     pygments_light_style='a11y-light', pygments_dark_style='a11y-dark')
 
 log = logging.getLogger('flow2lab')
