@@ -808,7 +808,7 @@ def save_weights(self:Trainer, folder):
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #019ff856
+# %% ../nbs/31_train.ipynb #c0c0d94a
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -927,7 +927,7 @@ def fit(model,          # A transformers model, perhaps with an adapter
             model.train()
             with fast_scan(model, quiet=True), fast_norms(model), contextlib.ExitStack() as es:
                 objective = objective or Labels(); way = objective.way(model)
-                if way=='docs': es.enter_context(doc_attention(model))
+                es.enter_context(objective.around(model, way))
                 tr = _trainer(objective, model, tok, rows, t, seed, about, out, valid, way,
                               resume, progress, use_cache)
                 tr.tell = tell
@@ -975,6 +975,7 @@ def _no_checkpointing(model):
 class Labels:
     "The usual objective: the cross-entropy at the labels"
     def way(self, model): return way_to_batch(model)
+    def around(self, model, way): return doc_attention(model) if way=='docs' else contextlib.nullcontext()
     def data(self, *a, **kw): return _step_data(*a, **kw)
     def trainer(self, model, tok, t, out, seed, data, valid, curve):
         return Trainer(model, _args(t, out, len(data), seed, model.device), data, t, curve, eval_dataset=valid)
