@@ -194,7 +194,7 @@ def fit_preferences(model, tok, rows, spec, *args, beta=.1, loss='sigmoid', **kw
     "`fit` on rows `dict(messages, chosen, rejected)`; the reference is `model` as it comes"
     return fit(model, tok, rows, spec, *args, objective=Preferences(beta, loss), **kw)
 
-# %% ../nbs/32_preference.ipynb #65a61c43
+# %% ../nbs/32_preference.ipynb #cc2f9f6a
 def objective(data, spec):     # data: `tasks.TrainingData`
     "What is learned: labels, or which of two answers is better"
     args = {k: spec.task_args[k] for k in ('beta', 'loss') if k in spec.task_args}
@@ -202,7 +202,8 @@ def objective(data, spec):     # data: `tasks.TrainingData`
 
 def learn(model, tok, data, spec, **kw):
     "Train as the data asks: on labels, on packed text (with its cost told), or on preferences. A `TrainResult`"
-    if data.bytes_per_token or spec.train.loss_on=='all': kw['tell'] = train.cost_teller(model, spec, data.bytes_per_token)
+    if data.bytes_per_token or spec.train.loss_on=='all':
+        kw['tell'] = train.cost_teller(model, spec, data.bytes_per_token)
     return fit(model, tok, data.train, spec, valid=data.valid if len(data.valid) else None,
                objective=objective(data, spec), **kw)
 
