@@ -218,7 +218,7 @@ def row_text(row):
     return (row.get('given', '') + row['text'] if 'text' in row else
             '\n'.join([*(m['content'] for m in row['messages']), row['answer']]))
 
-# %% ../nbs/13_nano.ipynb #3c8eb238
+# %% ../nbs/13_nano.ipynb #22643db8
 @task
 class nano_text(Task):
     "Generated documents to pretrain a preset on, with needles among them"
@@ -245,20 +245,10 @@ class nano_text(Task):
             if rng.random()>=needles: yield row; continue
             yield {k: v for k,v in nano_needle.render(needle_row(rng, LENGTHS[:3])).items()}
     @classmethod
-    def training(cls, spec):
-        "`n` documents (by default enough for the budget), encoded, " \
-        "with the loss on what follows from what is given; 400 others held out"
-        from flow2lab.quantize import tokenizer_of
-        from flow2lab.train import encode
-        tok, a = tokenizer_of(spec), cls.resolve(spec.task_args); n = a['n'] or int(spec.train.tokens/35)+1000
+    def training(cls, spec, tok):
+        "`n` documents (by default enough for the budget), learned from where nothing more is given; 400 held out"
+        a = cls.resolve(spec.task_args); n = a['n'] or int(spec.train.tokens/35)+1000
         docs = lambda n, seed: list(cls.documents(n, seed, a['needles'], a['mix']))
-        def encoded(rows):
-            given = [i for i,r in enumerate(rows) if 'given' in r]
-            ids = [tok([rows[i][k] for i in given], add_special_tokens=False).input_ids if given else []
-                   for k in ('given', 'text')]
-            for i,g,t in zip(given, *ids):
-                rows[i] = dict(input_ids=[*g, *t, tok.eos_token_id], labels=[-100]*len(g) + [*t, tok.eos_token_id])
-            return encode(rows, tok, seq_len=spec.train.seq_len, loss_on='answer')
         rows = docs(n, 2*a['seed']); asked = [r for r in rows if 'messages' in r]
         found = {name: contamination(asked, task[name].load(**kw), None, task[name]) for name,kw in spec.eval.items()}
-        return TrainingData(encoded(rows), encoded(docs(400, 2*a['seed']+1)), found)
+        return TrainingData(rows, docs(400, 2*a['seed']+1), found)

@@ -142,7 +142,7 @@ def base_of(name):
 def _read_spec(f):
     return Spec.from_dict({k: v for k,v in json.loads(f.read_text()).items() if k in Spec.__dataclass_fields__})
 
-# %% ../nbs/77_scratch.ipynb #937342f2
+# %% ../nbs/77_scratch.ipynb #7acfe384
 def train_in_processes(spec, processes, extra=()):
     "Train `spec` (and, one by one, the Specs it starts from) by `processes` processes of torchrun, " \
     "up to the checkpoint of the last step"
@@ -162,7 +162,8 @@ def train_here(spec):
     import torch
     from flow2lab import methods, preference, quantize, tasks
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    data, tok, model = tasks.training_data(spec.but(eval={})), quantize.tokenizer_of(spec), quantize.start(spec)
+    tok, model = quantize.tokenizer_of(spec), quantize.start(spec)
+    data = tasks.training_data(spec.but(eval={}), tok)
     model = methods.attach(model, spec, steps=preference.count_steps(data, tok, model, spec))
     every = spec.train.save_every or 10**9           # the last step is always saved
     return preference.learn(model, tok, data, spec.but(train=dict(save_every=every)), out=output_path(spec))

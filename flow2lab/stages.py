@@ -40,7 +40,7 @@ def with_template(tok, name=''):   # `name`: of TEMPLATES, empty to keep the tok
     tok.chat_template = TEMPLATES[name]
     return tok
 
-# %% ../nbs/15_stages.ipynb #0225f1e9
+# %% ../nbs/15_stages.ipynb #b7580a08
 @task
 class text(Task):
     "Packed text to pretrain on: a folder of `flow2lab pack` and its tokenizer"
@@ -74,11 +74,9 @@ class text(Task):
         raise UserError('task text: packed tokens ask nothing. '
                         'To evaluate on a text, take the task perplexity with its file.')
     @classmethod
-    def training(cls, spec):
+    def training(cls, spec, tok):
         "Sequences to train on and, from the end of the pack, those held out"
-        from flow2lab.quantize import tokenizer_of
         from flow2lab.tokenize import load_pack
-        tok = tokenizer_of(spec)
         p = load_pack(spec.task_args.get('path', ''), tok)
         v = spec.task_args.get('valid', .01)
         train, valid = p.split(v) if v else (p.rows(), [])
@@ -93,7 +91,7 @@ def bytes_per_token(tok, rows, most=200_000):
         n += len(r)-1; size += len(tok.decode(np.asarray(r)[1:].tolist(), skip_special_tokens=True).encode())
     return size/n if n else 0.
 
-# %% ../nbs/15_stages.ipynb #7fd0512e
+# %% ../nbs/15_stages.ipynb #5241f87c
 def threads(rows, language='en'):
     "Conversations of OASST1's message tree: from each root on, the reply that people ranked first"
     rows = [r for r in rows if not r.get('deleted') and language in ('', r.get('lang', language))]
@@ -157,16 +155,15 @@ class instruct(chat):
         for i,r in enumerate(cls.source(split, path, hub, revision, **o)):
             for row in cls.rows(split, [r], **o): yield cls.example(dict(row, id=str(i)))
     @classmethod
-    def training(cls, spec):
+    def training(cls, spec, tok):
         "With stream=True the rows go from the file or the hub to tokens on disk, never all in memory; " \
         "else None, for the usual way"
         a = spec.task_args
         if not a.get('stream'): return None
         if cls.objective!='labels':
             raise UserError(f'task {cls.__name__}: stream=True is for rows with labels, not for pairs.')
-        from flow2lab.quantize import tokenizer_of
         from flow2lab.train import spool
-        valid, tok, n, t = [], tokenizer_of(spec), a.get('n', 0), spec.train
+        valid, n, t = [], a.get('n', 0), spec.train
         def train():
             for i,r in enumerate(cls.stream(**{k: v for k,v in a.items() if k not in ('n', 'seed', 'stream')})):
                 if n and i>=n: return

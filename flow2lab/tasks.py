@@ -829,7 +829,7 @@ def with_and_without(t, rows, scores, flagged):
     clean = [s for r,s in zip(rows, scores) if r['id'] not in set(flagged)]
     return dict(all=t.aggregate(scores), clean=t.aggregate(clean) if clean else {}, flagged=len(scores)-len(clean))
 
-# %% ../nbs/11_tasks.ipynb #ddc03d81
+# %% ../nbs/11_tasks.ipynb #fa9f3022
 @dataclass
 class TrainingData:
     "Rows to train on, rows for the validation loss, and the evaluation items found among them, by task"
@@ -845,11 +845,12 @@ class TrainingData:
                 'evaluation items were not looked for')
         return f'{len(self.train)} training rows, {len(self.valid)} held out; {said}'
 
-def training_data(spec, valid=0.05):
+def training_data(spec, tok,    # Tokenizer of the model that is trained
+                  valid=0.05):  # Share of the rows held out
     "The `TrainingData` of a Spec; empty when it trains on nothing"
     if not spec.task: return TrainingData()
     t = task[spec.task]
-    if hasattr(t, 'training') and (d := t.training(spec)) is not None: return d
+    if hasattr(t, 'training') and (d := t.training(spec, tok)) is not None: return d
     rows = t.load(**{'split': 'train', **spec.task_args})
     found = {name: contamination(rows, task[name].load(**a), t, task[name]) for name,a in spec.eval.items()}
     out = TrainingData(contamination=found, objective=getattr(t, 'objective', 'labels'))

@@ -41,7 +41,7 @@ def turn_text(tok, messages, answer):
     if not full.startswith(before): before = os.path.commonprefix([before, full])
     return full[len(before):]
 
-# %% ../nbs/31_train.ipynb #1a49073e
+# %% ../nbs/31_train.ipynb #166eaa27
 def _ids(tok, text): return tok(text, add_special_tokens=False)['input_ids']
 
 def _one_bos(tok, ids, labels):
@@ -64,10 +64,11 @@ def _turn(tok, messages, answer):
 
 def encode_row(row, tok, loss_on='answer'):
     "`(input_ids, labels)` of one row: `dict(messages, answer)`, `dict(messages)` ending with the assistant, " \
-    "or `dict(text)`"
+    "or `dict(text)`, perhaps with `given`, which comes before and is not learned"
     if 'text' in row:
-        ids = _ids(tok, row['text']) + ([tok.eos_token_id] if tok.eos_token_id is not None else [])
-        labels = list(ids)
+        given = _ids(tok, row['given']) if 'given' in row else []
+        new = _ids(tok, row['text']) + ([tok.eos_token_id] if tok.eos_token_id is not None else [])
+        ids = given + new; labels = ids[:] if loss_on=='all' else [-100]*len(given) + new
     else:
         ms = [*row['messages']] + ([dict(role='assistant', content=row['answer'])] if 'answer' in row else [])
         ids, labels, done = [], [], ''
@@ -81,7 +82,7 @@ def encode_row(row, tok, loss_on='answer'):
         if loss_on=='all': labels = list(ids)
     return _one_bos(tok, ids, labels)
 
-# %% ../nbs/31_train.ipynb #03be2273
+# %% ../nbs/31_train.ipynb #5c749203
 class Samples(list):
     "Encoded samples, with the number of rows that were `dropped` for their length"
     dropped = 0
@@ -106,7 +107,7 @@ def encode(rows, tok, seq_len=512,   # Longest sample in tokens
             raise UserError(f'row {i}: no trainable label ({_why_empty(row)}). '
                             'Give it an answer, or take the row out.')
         if len(ids)<=seq_len: out.append(dict(input_ids=ids, labels=labels))
-        elif 'text' in row:
+        elif 'text' in row and 'given' not in row:
             out += [dict(input_ids=ids[a:a+seq_len], labels=labels[a:a+seq_len])
                     for a in range(0, len(ids)-1, seq_len)]
         else: long.append((i, len(ids)))
