@@ -30,11 +30,20 @@ def test_readme_speeds_are_the_reference_records():
         assert abs(better/r['ratio']-1)<.02, r
         assert r['hardware'] and r['versions'] and r['peer_name'], r['work']
 
-@pytest.mark.parametrize('study', ['methods', 'architectures', 'from_scratch'])
+@pytest.mark.parametrize('study', ['methods', 'architectures', 'architectures-small', 'from_scratch'])
 def test_readme_findings_are_the_records(study):
     from flow2lab.study import finding_line
     text = (ROOT/'README.md').read_text()
     for f in json.loads((REF/study/'answer.json').read_text())['findings']: assert finding_line(f) in text
+
+def test_readme_on_real_text_says_what_the_ranks_are():
+    from flow2lab.records import load_records
+    from flow2lab.stats import compare
+    assert 'The hybrid and Mamba-2 are ahead of the three others' in (ROOT/'README.md').read_text()
+    rows = compare(load_records(REF/'architectures-small'), metric='perplexity/bits_per_byte').rows
+    rank = {n.split('-')[0]: (lo, hi) for n,lo,hi in zip(rows['name'], rows['rank_low'], rows['rank_high'])}
+    assert all(rank[a][1]<rank[b][0] for a in ('hybrid', 'mamba2') for b in ('transformer', 'moe', 'mamba')), rank
+    assert len({rank[b] for b in ('transformer', 'moe', 'mamba')})==1, rank
 
 @pytest.mark.parametrize('study', STUDIES)
 def test_findings_follow_from_the_records(study):
