@@ -108,7 +108,7 @@ def pretrained_spec(arch, seed=0, p='nano', **kw):
     return Spec(**{**dict(base=f'{arch}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full',
                           eval=p.eval, train=train, seed=seed), **kw})
 
-# %% ../nbs/75_study.ipynb #79931647
+# %% ../nbs/75_study.ipynb #ab68e87c
 @dataclass
 class Finding:
     "One claim and what the records say of it; `diff`, `lo` and `hi` in the unit of the metric"
@@ -134,7 +134,7 @@ def finding(claim, df, better, worse, metric, source='', margin=0.):
         if n not in set(df['name']): raise UserError(f'no record of "{n}". {nearest(n, set(df["name"]))}')
     if metric.startswith('val_loss@'):
         return Finding(claim, source, better, worse, metric, *_loss_gap(df, better, worse, metric), margin, 'nats')
-    c = compare(df[df['name'].isin([better, worse])], metric=metric, baseline=worse)
+    c = compare(df, metric=metric, baseline=worse)
     r = c.differences.set_index('name').loc[better]; sign = 1 if c.direction!='min' else -1
     lo, hi = sorted((sign*r['lo'], sign*r['hi']))
     return Finding(claim, source, better, worse, metric, sign*float(r['diff']), float(lo), float(hi), margin, c.unit)
