@@ -9,8 +9,8 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'YELLOW', 'GREY', 
            'plot_differences', 'plot_rank', 'plot_pareto', 'plot_curves', 'save_figure', 'html_report',
            'report_sections']
 
-# %% ../nbs/62_plots.ipynb #28e3b807
-import html, io, re
+# %% ../nbs/62_plots.ipynb #f08b46a7
+import html, io, re, textwrap
 from difflib import SequenceMatcher
 from functools import reduce
 from pathlib import Path
@@ -19,9 +19,9 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from .core import UserError, atomic_write
 from .records import load_steps, quality_metrics
-from .stats import Comparison, best_by, compare, fmt, fmt_diff, pareto, rank_range
+from .stats import Comparison, best_by, compare, fmt, fmt_diff, no_break, pareto, rank_range
 
-# %% ../nbs/62_plots.ipynb #c602636b
+# %% ../nbs/62_plots.ipynb #3ae58dd7
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 PURPLE, SKY, YELLOW, GREY = '#CC79A7', '#56B4E9', '#F0E442', '#8A8A8A'
 LINES = BLUE, RED, GREEN, PURPLE, ORANGE, SKY, '#333333', '#7F6000'
@@ -39,13 +39,16 @@ def _figure(height, width=8.4):
     return fig, ax
 
 def _title(fig, ax, claim, sub=''):
-    "The claim, and under it in grey how to read it"
+    "The claim, and under it in grey how to read it; both wrapped to the width of the figure"
     if claim.split(' ')[0] in ('all','only'): claim = claim[0].upper() + claim[1:]       # names stay as they are
-    fig.suptitle(claim, x=.012, ha='left', fontsize=min(13.5, 13.5*80/max(len(claim), 1)), fontweight='bold')
-    ax.set_title(' ', fontsize=10, pad=8)                     # holds the height of the next line
+    def fill(s, n):                                           # "r = 4" stays together
+        return textwrap.fill(s.replace(' = ', '\u00a0=\u00a0'), int(n*fig.get_figwidth())).replace('\u00a0', ' ')
+    claim, sub = fill(claim, 8.8), fill(sub, 13)
+    fig.suptitle(claim, x=.012, ha='left', fontsize=13.5, fontweight='bold')
+    ax.set_title('\n'.join(' ' for _ in sub.split('\n')), fontsize=10, pad=8)           # holds the height of `sub`
     t = ax.annotate(sub, (.012, 1), (0, 9), xycoords=('figure fraction', 'axes fraction'), textcoords='offset points',
-                    fontsize=min(10, 10*112/max(len(sub), 1)), color='#555555', va='bottom', annotation_clip=False)
-    t.set_in_layout(False)
+                    fontsize=10, color='#555555', va='bottom', annotation_clip=False)
+    t.set_in_layout(False); fig.subtitle = t
 
 def _beside(ax, y, text, dx, **kw):
     "Text to the right of the axes, `dx` points off, at the height `y`"
@@ -88,7 +91,7 @@ def _strip_common(names):
     if len(common)<6: return names
     return [re.sub(r'\s+', ' ', n.replace(common, ' ', 1)).strip(' -_/') or n for n in names]
 
-# %% ../nbs/62_plots.ipynb #6f557b8b
+# %% ../nbs/62_plots.ipynb #c8657eb4
 def _compared(df, items=None, metric=None, baseline=None):
     c = df if isinstance(df, Comparison) else compare(df, items, metric, baseline)
     return c, short_names(c.rows['name'])
@@ -99,7 +102,7 @@ def _unit(unit): return '%' if unit=='fraction' else unit
 def _axis(c):
     "The axis label: what, in which unit, over what, and which way is better"
     n, s = c.rows['n'].dropna(), c.rows['seeds'].dropna()
-    over = [f'{int(n.max())} items'] if len(n) else []
+    over = [(f'{int(n.min())} to ' if n.min()<n.max() else '') + f'{int(n.max())} items'] if len(n) else []
     if len(s) and s.max()>1: over.append(f'{int(s.max())} seeds')
     unit = _unit(c.unit)
     return _metric(c) + (f' [{unit}]' if unit else '') + (f', {" × ".join(over)}' if over else '')
@@ -182,17 +185,18 @@ def _claim_diff(c, short):
     if not said: return f'{short[d["name"][0]]} is tied with {base}' if n==1 else f'all {n} are tied with {base}'
     return ', '.join(said + ([f'{n-up-down} tied with it'] if n-up-down else [])) + f': {_metric(c)}'
 
-# %% ../nbs/62_plots.ipynb #e0471af6
+# %% ../nbs/62_plots.ipynb #8e18b602
 def plot_rank(df, items=None, metric=None, baseline=None,
               x='r'):      # Column to sweep; any number in the Spec will do
     "The metric against the rank, with intervals, the untouched base and full fine-tuning across"
     c, short = _compared(df, items, metric, baseline); k = _scale(c.unit)
     if x not in df or not df[x].notna().any(): raise UserError(f'no record has a value for "{x}": nothing to sweep.')
     runs = df[df['name'].isin(c.rows['name'])].drop_duplicates('name').set_index('name')
-    t = c.rows.dropna(subset=['value']).join(runs[[q for q in (x,'method','quant','base_quant') if q in runs]],
+    t = c.rows.dropna(subset=['value']).join(runs[[q for q in (x,'base','method','quant','base_quant') if q in runs]],
                                              on='name')
-    t['line'] = [' '.join(str(v) for v in (r.get('method'), r.get('base_quant'), r.get('quant')) if v
-                          and not pd.isna(v)) for _,r in t.iterrows()]
+    bases = sorted(set(t['base'])) if 'base' in t else ['']; short_base = short_names(bases) if len(bases)>1 else {}
+    t['line'] = [' '.join(str(v) for v in (short_base.get(r.get('base')), r.get('method'), r.get('base_quant'),
+                                           r.get('quant')) if v and not pd.isna(v)) for _,r in t.iterrows()]
     fig, ax = _figure(4.6); claims = []
     swept = {n: g.sort_values(x) for n,g in t[t[x].notna()].groupby('line')}
     swept = dict(sorted(swept.items(), key=lambda kv: -len(kv[1])))
@@ -203,7 +207,12 @@ def plot_rank(df, items=None, metric=None, baseline=None,
         if g[x].nunique()>1: claims.append((name, g, _claim_sweep(df, items, c, g, x, name)))
     across = t[t[x].isna()]
     across = across.iloc[np.argsort(across['name']!=c.baseline, kind='stable')]
-    for r,col,ls in zip(across.to_dict('records'), (ORANGE, '#333333', GREY, SKY), ('--', ':', '-.', (0, (5, 1)))):
+    styles = list(zip((ORANGE, '#333333', GREY, SKY, PURPLE), ('--', ':', '-.', (0, (5, 1)), (0, (1, 3)))))
+    for i,r in enumerate(across.to_dict('records')):
+        col, ls = styles[i%len(styles)]
+        if short_base:                                # the colour of its base's line; dots: trained, dashes: untouched
+            like = [j for j,g in enumerate(swept.values()) if g['base'].iloc[0]==r['base']]
+            col, ls = LINES[like[0]] if like else GREY, ':' if r['method'] else '--'
         ax.axhline(k*r['value'], color=col, lw=1.8, ls=ls, zorder=0, label=short[r['name']])
         if not pd.isna(r['lo']): ax.axhspan(k*r['lo'], k*r['hi'], color=col, alpha=.08, lw=0, zorder=0)
     ranks = sorted(t[x].dropna().unique())
@@ -225,7 +234,7 @@ def _claim_sweep(df, items, c, g, x, name):
     if not rest: return f'{name}: {x} = {s(best[:1])} to {s(best[-1:])} are tied'
     return f'{name}: best at {x} = {s(best)}{" (tied)" if len(best)>1 else ""}, worse at {s(rest)}'
 
-# %% ../nbs/62_plots.ipynb #2b3dcb21
+# %% ../nbs/62_plots.ipynb #027cf435
 def plot_pareto(df, items=None, metric=None, baseline=None,
                 cost='memory'):   # memory or seconds
     "Quality against memory (or time), with intervals and the Pareto front"
@@ -234,30 +243,49 @@ def plot_pareto(df, items=None, metric=None, baseline=None,
         raise UserError(f'no record has a {cost} metric: no front to draw.')
     t = c.rows.dropna(subset=['value', cost]); zero = t[t[cost]==0]; t = t[t[cost]>0]
     unit, per = _cost_unit(cost, t[cost].max()); xs, ys = t[cost]/per, k*t['value']
-    on = pareto(sign*t['value'], t[cost])
+    on = t['pareto'].astype(bool); may = t['pareto_maybe'].astype(bool) & ~on
     fig, ax = _figure(5.0)
-    ax.errorbar(xs, ys, _bars(t, k), fmt='none', ecolor='#BBBBBB', lw=1.4,
-                zorder=1)
-    front = t[on].sort_values(cost)
-    ax.plot(front[cost]/per, k*front['value'], color=BLUE, lw=1.6, zorder=2, drawstyle='steps-post', alpha=.7)
-    for m,col,face,mark in (on, BLUE, BLUE, 'o'), (~on, GREY, 'white', 's'):
-        ax.plot(xs[m], ys[m], mark, color=col, mfc=face, mew=1.8, ms=8, ls='', zorder=3)
+    front = t[pareto(sign*t['value'], t[cost])].sort_values(cost)
+    ax.plot(front[cost]/per, k*front['value'], color=BLUE, lw=1.4, zorder=1, drawstyle='steps-post', alpha=.6)
+    groups = (~on & ~may, 's', GREY, 'white'), (may, 'o', BLUE, 'white'), (on, 'o', BLUE, BLUE)
+    for z,(m,*style) in enumerate(groups):                                                 # the front is drawn last
+        _points_with_bars(ax, xs[m], ys[m], _bars(t[m], k), *style, zorder=2+2*z)
     for r in zero[zero['name']==c.baseline].to_dict('records'):
         ax.axhline(k*r['value'], color=ORANGE, lw=1.4, ls='--', zorder=0)
     if xs.max()/xs.min()>4: _log_axis(ax, ax.xaxis, ax.set_xscale)
     ax.margins(x=.15, y=.1); named = on if len(t)>15 else np.ones(len(t), bool)
     ax.set_xlabel(f'{_cost_name(c.costs.get(cost, cost))} [{unit}]; left is better')
     ax.set_ylabel(f'{_axis(c).split(",")[0]}; {_arrow(c, "y")}')
-    less = dict(memory='less memory', seconds='less time').get(cost, f'less {cost}')
-    tied = len(t)>1 and set(t['name'])<=set(c.tied_for_first)
-    claim = f'{on.sum()} of {len(t)} are on the front: nothing measured is better for {less}'
-    if on.sum()==1: claim = f'{short[front["name"].iloc[0]]} is best and needs the least {less.split()[1]}'
-    sub = ['all are tied in quality: the front may be chance']*tied + ['bars: 95% intervals; filled: on the front']
+    sub = ['bars: 95% intervals'] + [f'filled: on the front of quality, {_costs(c)}']*bool(on.any())
+    sub += ['open circle: may be on it, tied in quality']*bool(may.any())
+    sub += ['square: beaten in all']*bool((~on & ~may).any())
+    sub += [f'line: best for its {dict(seconds="time").get(cost, cost)}']*(len(front)>1)
     sub += ['dashes: untouched base']*(c.baseline in set(zero['name'])) + ['only the front is named']*(not named.all())
-    _title(fig, ax, claim, '; '.join(sub))
+    _title(fig, ax, _claim_pareto(c, t, short, on, may), '; '.join(sub))
     _place_labels(fig, ax, xs.tolist(), ys.tolist(), [short[n] if q else '' for n,q in zip(t['name'], named)],
                   np.c_[front[cost]/per, k*front['value']])
     return fig
+
+def _points_with_bars(ax, xs, ys, bars, mark, col, face, zorder):
+    ax.errorbar(xs, ys, bars, fmt='none', ecolor=col, alpha=.45, lw=1.4, zorder=zorder)
+    ax.plot(xs, ys, mark, color=col, mfc=face, mew=1.8, ms=8, ls='', zorder=zorder+1)
+
+def _costs(c): return ' and '.join(dict(seconds='time').get(k, k) for k in c.costs)
+
+def _claim_pareto(c, t, short, on, may):
+    "Who is on the front, and what the ties in quality leave of that"
+    costs = [k for k in c.costs if t[k].notna().any()]; least = [dict(seconds='time').get(k, k) for k in costs]
+    cheap = [short[t.loc[t[k].idxmin(), 'name']] for k in costs]
+    if len(set(cheap))==1: least, cheap = [' and '.join(least)], cheap[:1]
+    who = ', '.join(f'{n} needs the least {l}' for n,l in zip(cheap, least))
+    if len(t)>1 and set(t['name'])<=set(c.tied_for_first): return f'all {len(t)} are tied in quality; {who}'
+    tied = f'; {may.sum()} more may be, tied in quality'*bool(may.any())
+    if not on.any():
+        return f'none of {len(t)} is on the front{tied}: {short.get(c.baseline, "another")} is as good for less'
+    if on.sum()>1: return f'{on.sum()} of {len(t)} are on the front of quality, {_costs(c)}{tied}'
+    first = short[t.loc[on, 'name'].iloc[0]]
+    if may.any(): return f'{first} is alone on the front{tied}'
+    return f'{first} is best and needs the least {_costs(c)}'
 
 def _cost_name(m):
     "train/peak_memory as words"
@@ -269,7 +297,7 @@ def _cost_unit(cost, most):
     if cost=='memory': return ('GiB', 2**30) if most>=2**30 else ('MiB', 2**20)
     return ('h', 3600) if most>=7200 else ('min', 60) if most>=300 else ('s', 1)
 
-# %% ../nbs/62_plots.ipynb #2e8d1355
+# %% ../nbs/62_plots.ipynb #bdaac83d
 def _place_labels(fig, ax, xs, ys, names, front=(), size=9.5):
     "Write each name beside its point, in the place that hits the fewest points, names and steps of the front"
     fig.draw_without_rendering(); px = ax.transData.transform(np.c_[xs, ys]); frame = ax.get_window_extent()
@@ -289,7 +317,7 @@ def _place_labels(fig, ax, xs, ys, names, front=(), size=9.5):
         _, _, dx, dy, b = min(options); taken.append(b)
         far = dict(arrowstyle='-', color='#999999', lw=.8, shrinkA=1, shrinkB=4) if abs(dy)>12 else None
         t = ax.annotate(n, (x, y), (dx, dy), textcoords='offset points', fontsize=size, va='center',
-                        ha='right' if dx<0 else 'left' if dx else 'center', zorder=5, arrowprops=far)
+                        ha='right' if dx<0 else 'left' if dx else 'center', zorder=9, arrowprops=far)
         t.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground='white')]); t.set_in_layout(False)
 
 def _step_boxes(p):
@@ -297,15 +325,15 @@ def _step_boxes(p):
     return [q for a,b in zip(p, p[1:]) for q in ((a[0], a[1]-1, b[0], a[1]+1),
                                                  (b[0]-1, min(a[1], b[1]), b[0]+1, max(a[1], b[1])))]
 
-# %% ../nbs/62_plots.ipynb #dc5a33b0
+# %% ../nbs/62_plots.ipynb #899740f1
 def plot_curves(df,           # Records; their steps.jsonl are read
                 steps=None,   # Or the steps themselves: name, seed, step and a loss
                 y='loss'):
     "Training loss over steps, mean and range over seeds"
     s = load_steps(df) if steps is None else steps
     if not len(s) or y not in s: raise UserError(f'no steps with "{y}" were recorded. Was anything trained?')
-    short = short_names(s['name']); fig, ax = _figure(4.8); ends = {}
-    order = s.dropna(subset=[y]).groupby('name')[y].last().sort_values().index
+    short = short_names(s['name']); fig, ax = _figure(4.8); ends = _ends(s.dropna(subset=[y]), y)
+    order = sorted(ends, key=lambda n: ends[n][0])
     for i,name in enumerate(order):
         g = s[(s['name']==name) & s[y].notna()]; p = g.pivot_table(index='step', columns='seed', values=y)
         col = LINES[i%len(LINES)]
@@ -317,7 +345,6 @@ def plot_curves(df,           # Records; their steps.jsonl are read
         if few and p.shape[1]>1: ax.fill_between(p.index, p.min(axis=1), p.max(axis=1), color=col, alpha=.15, lw=0)
         if few and 'val_loss' in g and y=='loss' and g['val_loss'].notna().any():
             v = g.groupby('step')['val_loss'].mean().dropna(); ax.plot(v.index, v, 'o--', color=col, lw=1.2, ms=4)
-        tail = p.iloc[-max(1, len(p)//10):].mean(); ends[name] = (tail.mean(), tail.min(), tail.max())
     ax.set_xlabel('optimizer step')
     ax.set_ylabel(f'{"training loss [nats per token]" if y=="loss" else y}; down is better')
     _legend(ax, title=None if len(order)<=len(LINES) else f'lowest {len(LINES)} of {len(order)}')
@@ -330,12 +357,22 @@ def plot_curves(df,           # Records; their steps.jsonl are read
                                                      else '') + '; ends: last tenth of the steps')
     return fig
 
+def _ends(s, y):
+    "{name: mean, least and largest over seeds} of the last tenth of the steps"
+    out = {}
+    for name,g in s.groupby('name'):
+        p = g.pivot_table(index='step', columns='seed', values=y)
+        tail = p.iloc[-max(1, len(p)//10):].mean(); out[name] = (tail.mean(), tail.min(), tail.max())
+    return out
+
 def _claim_curves(ends, short):
     best = min(ends, key=lambda n: ends[n][0]); tied = [n for n in ends if ends[n][1]<=ends[best][2]]
     if len(ends)==1: return f'{short[best]} ends at a loss of {ends[best][0]:.3g}'
     if len(tied)==1: return f'{short[best]} ends with the lowest training loss, {ends[best][0]:.3g}'
     if len(tied)==len(ends): return f'all {len(tied)} end with much the same training loss'
-    return f'{len(tied)} of {len(ends)} end with the lowest training loss, their ranges overlap'
+    tied = [short[n] for n in sorted(tied, key=lambda n: ends[n][0])]
+    said = tied if len(tied)<5 else tied[:3] + [f'{len(tied)-3} more']
+    return f'{", ".join(said[:-1])} and {said[-1]} end lowest of {len(ends)} in training loss: their ranges overlap'
 
 # %% ../nbs/62_plots.ipynb #9ade1626
 def _svg(fig, salt='flow2lab'):
@@ -349,12 +386,13 @@ def save_figure(fig, stem, dpi=150):
     png = io.BytesIO(); fig.savefig(png, format='png', dpi=dpi, metadata={'Software': None})
     return [atomic_write(Path(f'{stem}.svg'), _svg(fig)), atomic_write(Path(f'{stem}.png'), png.getvalue())]
 
-# %% ../nbs/62_plots.ipynb #f9654dc5
+# %% ../nbs/62_plots.ipynb #80a0ce62
 _page = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 body{{font:16px/1.55 system-ui,"Segoe UI",sans-serif;color:#222;max-width:900px;margin:2rem auto;padding:0 1rem}}
 h1{{font-size:1.7rem}} h2{{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}}
+dl{{font-size:.85rem;color:#555}} dt{{font-weight:600;float:left;margin-right:.5em}} dd{{margin:0 0 .15rem}}
 svg{{max-width:100%;height:auto}} figure{{margin:1.4rem 0}} .table{{overflow-x:auto}} nav a{{margin-right:1rem}}
 </style></head>
 <body><h1>{title}</h1>
@@ -369,21 +407,33 @@ def _to_html(x, salt):
         svg = _svg(x, salt).decode(); return '<figure>' + svg[svg.index('<svg'):] + '</figure>'
     if isinstance(x, pd.DataFrame): return f'<div class="table">{_frame_html(x, salt)}</div>'
     if hasattr(x, '_repr_html_'): return f'<div class="table">{x._repr_html_()}</div>'
+    if isinstance(x, dict):
+        return '<dl>' + ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k,v in x.items()) + '</dl>'
     if isinstance(x, (list, tuple)): return '<ul>' + ''.join(f'<li>{html.escape(str(i))}</li>' for i in x) + '</ul>'
     return ''.join(f'<p>{html.escape(p)}</p>' for p in str(x).split('\n\n'))
 
 def _frame_html(df, salt):
     from great_tables import GT
     t = df.copy()
-    for c in t: t[c] = [fmt(v) if isinstance(v, float) else '' if v is None else str(v) for v in t[c]]
+    for c in t: t[c] = [no_break(fmt(v) if isinstance(v, float) else '' if v is None else str(v)) for v in t[c]]
     numbers = [c for c in df if pd.api.types.is_numeric_dtype(df[c])]
     gt = GT(t, id=re.sub(r'\W+', '-', salt)).cols_align('right', numbers)
     return gt.tab_options(table_font_size='14px', data_row_padding='4px').as_raw_html()
 
+def _with_key(sections):
+    "The sections with a key after the first Comparison, where one is among them"
+    out, told = [], False
+    for h,*xs in sections:
+        at = next((i for i,x in enumerate(xs) if isinstance(x, Comparison) and len(x.rows)), None)
+        if at is not None and not told: xs, told = [*xs[:at+1], dict(xs[at].key()), *xs[at+1:]], True
+        out.append((h, *xs))
+    return out
+
 def html_report(path,        # Where to, .html
                 title,
                 sections):   # [(heading, text, Figure, DataFrame, Comparison, list ...), ...]
-    "One self-contained HTML page; returns its path"
+    "One self-contained HTML page, the first Comparison on it with a key to its columns; returns its path"
+    sections = _with_key(sections)
     anchors = [re.sub(r'\W+', '-', h.lower()).strip('-') for h,*_ in sections]
     head = lambda a, h: f'<h2 id="{a}">{html.escape(h)}</h2>\n' if h else ''
     body = '\n'.join(head(a, h) + '\n'.join(_to_html(x, f'{a}-{i}') for i,x in enumerate(xs) if x is not None)
