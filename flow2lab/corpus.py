@@ -8,22 +8,22 @@ Docs: https://flow2lab.github.io/flow2lab/corpus.html.md"""
 __all__ = ['SPECIAL', 'CHATML', 'source', 'PASSAGE', 'rule', 'PLACES', 'SHINGLE', 'CHUNK', 'GRAM', 'SAMPLES', 'VERSION',
            'doc_text', 'c4_english', 'wikipedia_en', 'openwebtext', 'gutenberg', 'fineweb_edu', 'file_documents',
            'as_mix', 'source_files', 'numbers', 'runs', 'Doc', 'encoding', 'boilerplate', 'length', 'symbols',
-           'stop_words', 'repetition', 'language', 'clean', 'apply_rules', 'rule_settings', 'sketch', 'band_rows',
-           'check_near', 'Sketches', 'runs_of', 'chunks', 'in_order', 'Report', 'dedup', 'plain_words', 'Leaks',
-           'leak_items', 'clean_chunk', 'write_parquet', 'add_counts', 'clean_input', 'find_duplicates', 'thinned',
-           'take_turns', 'shares', 'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files', 'drop_stale',
-           'checked', 'read_corpus', 'corpus_hash', 'corpus_stats', 'as_transformers', 'train_tokenizer',
+           'stop_words', 'repetition', 'language', 'clean', 'apply_rules', 'rule_settings', 'languages', 'sketch',
+           'band_rows', 'check_near', 'Sketches', 'runs_of', 'chunks', 'in_order', 'Report', 'dedup', 'plain_words',
+           'Leaks', 'leak_items', 'clean_chunk', 'write_parquet', 'add_counts', 'clean_input', 'find_duplicates',
+           'thinned', 'take_turns', 'shares', 'write_shards', 'Prepared', 'prepare', 'manifest', 'changed_files',
+           'drop_stale', 'checked', 'read_corpus', 'corpus_hash', 'corpus_stats', 'as_transformers', 'train_tokenizer',
            'token_stream']
 
-# %% ../nbs/12_corpus.ipynb #619dc8cd
+# %% ../nbs/12_corpus.ipynb #1a1efd4f
 import contextlib, hashlib, heapq, itertools, json, multiprocessing, os, re, shutil, sys, tempfile, unicodedata, zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 import numpy as np
-from .core import (Axis, UserError, atomic_write, find_data, fingerprint, fsync_dir, hash_of, relative, task,
-                           to_json)
+from .core import (Axis, UserError, atomic_write, check_names, find_data, fingerprint, fsync_dir, hash_of,
+                           relative, task, to_json)
 from . import formats
 
 # %% ../nbs/12_corpus.ipynb #600e2e43
@@ -269,7 +269,7 @@ def language(d, language='en'):
     from py3langid import classify
     if classify(d.text[:500])[0]!=language and classify(d.text[:2000])[0]!=language: return ''
 
-# %% ../nbs/12_corpus.ipynb #46cc132a
+# %% ../nbs/12_corpus.ipynb #8c125b87
 def clean(text,           # Of one document
           rules=None,     # Names of rules, or {name: arguments}; None for all
           language='en'): # For the rules that depend on it, '' for any
@@ -292,9 +292,16 @@ def rule_settings(rules=None, language='en'):
     given = (dict.fromkeys(rule, {}) if rules is None else
              rules if isinstance(rules, dict) else dict.fromkeys(rules, {}))
     for n in given: rule[n]
+    for l in filter(None, [language, *(a.get('language') for a in given.values())]):
+        if l!='en': check_names('language', [l], languages())
     return {n: dict(given[n], **({'language': language} if n in ('language', 'stop_words')
                                  and 'language' not in given[n] else {}))
             for n in rule if n in given}
+
+def languages():
+    "The languages that are told apart, as two letters"
+    from py3langid import rank
+    return sorted(l for l,_ in rank('a'))
 
 # %% ../nbs/12_corpus.ipynb #182a84aa
 PLACES, SHINGLE = 128, 3      # Numbers in a sketch, words in a run
@@ -412,7 +419,7 @@ def in_order(f, jobs, workers=0):
         finally:
             for t in todo: t.cancel()
 
-# %% ../nbs/12_corpus.ipynb #ee2de3ac
+# %% ../nbs/12_corpus.ipynb #8f7cf027
 class Report(dict):
     "Facts as a dict that prints as `text`"
     def __init__(self, d, text): super().__init__(d); self.text = text
@@ -435,9 +442,10 @@ def dedup(path,             # JSONL (or any file of rows) with `text`, and perha
           near=.8,          # Similarity from which two documents are near-duplicates, 0 for exact ones only
           out='',           # JSONL to write the kept rows to
           skip_bad=False,   # Go on without rows that cannot be read
-          workers=0):       # 0: one a core
+          workers=0,        # 0: one a core
+          force=False):     # Overwrite `out`
     "Count exact duplicates, list near ones as pairs of ids, and write what is kept"
-    check_near(near)
+    check_near(near); formats.check_new(out, force)
     with tempfile.TemporaryDirectory() as tmp, _room(tmp):
         s, ids = Sketches(tmp, near), []
         for i,exact,sk in in_order(_sketch_rows, ((c,) for c in chunks(file_documents(path, skip_bad))), workers):
@@ -635,7 +643,7 @@ def write_shards(docs, folder, size):
         out.append(dict(facts, name=f'{folder.name}/{p.name}', bytes=p.stat().st_size, sha256=fingerprint(p, 64)))
     return out
 
-# %% ../nbs/12_corpus.ipynb #4e9408fe
+# %% ../nbs/12_corpus.ipynb #89f34826
 class Prepared(Report):
     "What `prepare` made: `folder`, `documents`, `report`, and `fresh`, False if it was there already"
     def __init__(self, folder, manifest, fresh):
@@ -690,7 +698,7 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
     if shard_mb<=0: raise UserError(f'shard_mb={shard_mb}: give a size above 0.')
     check_near(near)
     against = [against] if isinstance(against, str) else list(against)
-    inputs, settings = _inputs(sources, limit, skip_bad), rule_settings(rules, language)
+    settings, inputs = rule_settings(rules, language), _inputs(sources, limit, skip_bad)
     leaks = Leaks(leak_items(against)) if against else None
     base = dict(rules=settings, leaks=hash_of([leaks.grams.tolist(), leaks.short]) if leaks else '',
                 limit=limit, skip_bad=skip_bad,

@@ -9,7 +9,7 @@ __all__ = ['MAX_ROW', 'MAX_JSON', 'MAX_DEPTH', 'shape', 'LIMITS', 'RowError', 'd
            'raw_rows', 'text_of', 'has', 'pair', 'messages_of', 'preference', 'kto', 'chat', 'sharegpt', 'alpaca',
            'dolly', 'gsm8k', 'prompt_response', 'prompt_completion', 'input_output', 'openmath', 'metamath', 'marked',
            'text', 'detect', 'canonical', 'Shaped', 'read_rows', 'content', 'chars', 'human_bytes', 'Report', 'check',
-           'in_valid', 'split', 'question', 'overlap', 'write_rows', 'convert', 'count_rows', 'inventory']
+           'in_valid', 'split', 'question', 'overlap', 'write_rows', 'check_new', 'convert', 'count_rows', 'inventory']
 
 # %% ../nbs/10_formats.ipynb #c98b08b7
 import codecs, contextlib, csv, difflib, gzip, itertools, json, math, os, re, shutil, sys, tempfile, zlib
@@ -507,7 +507,7 @@ def text(r):
     "text: plain text to continue"
     if 'text' in r: return dict(text=text_of(r.pop('text'), 'text'))
 
-# %% ../nbs/10_formats.ipynb #2090013c
+# %% ../nbs/10_formats.ipynb #242caf1c
 _canon = ('messages', 'text', 'prompt', 'chosen', 'rejected')
 _tasks = {('paragraphs',): 'squad_v2', ('context', 'answers'): 'squad_v2',
           ('answerKey',): 'arc', ('choices', 'answer_idx'): 'arc'}
@@ -527,11 +527,20 @@ def _meant(names):
     close = ((n, difflib.get_close_matches(n.lower(), known, 1, 0.8)) for n in names if n not in known)
     return next((f'Did you mean "{c[0]}" by "{n}"? ' for n,c in close if c), '')
 
+def _one_missing(row):
+    "What to say of a row with all fields of a shape but one, and at least two of them; '' if it is none"
+    for name in _shapes.entries:
+        terms = [t.strip().split(' or ') for t in re.split(',| and ', re.sub('text with .*', 'text', _fields(name)))]
+        lost = [t for t in terms if t!=[''] and not any(n.strip() in row for n in t)]
+        if len(lost)==1 and len(terms)>2: return f'"{" or ".join(lost[0])}" is missing, for the shape {name}'
+    return ''
+
 def detect(row):
     "The name of the shape of dict `row`; `RowError` with the known ones if there is none"
     if (name := _known(row)): return name
     if (t := next((t for ks,t in _tasks.items() if has(row, *ks)), '')):
         raise RowError(f'the form of a benchmark, not a row to train on. Use the task {t} with this path')
+    if (lost := _one_missing(row)): raise RowError(lost)
     names = [str(k)[:30] for k in row]
     shown = ', '.join(names[:8] + ['...']*(len(names)>8)) or '(none)'
     raise RowError(f'no known shape has the fields {shown}. {_meant(names)}Known: '
@@ -609,7 +618,7 @@ class Report:
     def ok(self): return not self.message
     def to_dict(self): return dict(vars(self), ok=self.ok)
 
-# %% ../nbs/10_formats.ipynb #d3c8be5d
+# %% ../nbs/10_formats.ipynb #d98d454e
 def _lengths(sizes):
     "min, median, p95, max and total of an array"
     import numpy as np
@@ -654,9 +663,10 @@ def _notes(p, out):
     if out.shape=='kto': yield 'rows whose label is false hold answers not to learn'
 
 def _verdict(p, out):
-    "What `read_rows` would say"
-    if not out.rows: return str(_empty(p))
-    return str(_complaint(p, out.rows, out.bad, *out.bad_rows[0].values())) if out.bad else ''
+    "What `read_rows` would say, where nothing was to be written"
+    if out.rows and not out.bad: return ''
+    return str(_complaint(p, out.rows, out.bad, *out.bad_rows[0].values()) if out.rows else
+               _empty(p)).replace('Nothing written. ', '')
 
 # %% ../nbs/10_formats.ipynb #6dbbaffb
 def _n(k, what): return f'{k:,} {what}{"" if k==1 else "s"}'
@@ -706,7 +716,7 @@ def overlap(train, test):
     seen = {hash_of(question(r)) for r in train}
     return [i for i,r in enumerate(test) if hash_of(question(r)) in seen]
 
-# %% ../nbs/10_formats.ipynb #d345c620
+# %% ../nbs/10_formats.ipynb #699c2080
 @contextlib.contextmanager
 def _atomic_stream(path):
     "As core's `atomic_write`, for what is too long to hold: " \
@@ -735,14 +745,21 @@ def write_rows(rows,   # Any iterable of dicts
             for r in rows: f.write(_as_line(r)); n += 1
     return n
 
+def check_new(path, force=False):
+    "Refuse to overwrite the file `path` unless `force`"
+    if path and Path(path).exists() and not force:
+        raise _broken(Path(path), 'exists already', 'Choose another name, or overwrite it with --force (force=True)')
+
 def convert(src,             # Any file we can read
             dst,             # Ends in .jsonl or .jsonl.gz
             shape=None,
-            skip_bad=False):
+            skip_bad=False,
+            force=False):    # Overwrite `dst`
     "Rewrite a data file as canonical JSONL, whole or not at all; returns the number of rows"
+    check_new(dst, force)
     return write_rows(read_rows(src, shape, skip_bad), dst)
 
-# %% ../nbs/10_formats.ipynb #ed48a9b7
+# %% ../nbs/10_formats.ipynb #3b21849e
 LIMITS = dict(dataset=100_000_000, result=50_000_000, adapter=500_000_000)   # Bytes
 
 def _files(folder): return [f for f in sorted(folder.rglob('*')) if f.is_file() and not f.is_symlink()]
@@ -760,6 +777,10 @@ def count_rows(p):
 def _datasets():
     dirs = [project_path(d) for d in setting('data').split(os.pathsep) if d]
     is_data = lambda f: Path(f.name.lower().removesuffix('.gz')).suffix in _suffixes.keys()-{'.md'}
+    for d in dirs:
+        if not d.is_dir():
+            raise UserError(f'{d}: no such folder. FLOW2LAB_DATA, or data in settings.ini, names it: correct that, '
+                            'or make the folder.')
     found = [f for d in dirs for f in _files(d) if is_data(f)]
     return [dict(name=relative(f), rows=count_rows(f), bytes=f.stat().st_size) for f in found]
 

@@ -59,7 +59,7 @@ def unigram(model):
     t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
     return t
 
-# %% ../nbs/14_tokenize.ipynb #ca46187c
+# %% ../nbs/14_tokenize.ipynb #14e8f35f
 KINDS = ('bytes', 'sentencepiece')
 
 def _size(name):
@@ -87,7 +87,8 @@ def make_tokenizer(corpus,            # Corpus folder or file, a list of them, {
                    weights=None,      # {path: weight} if `corpus` does not say
                    context=1024,      # Longest sequence of the models it is for, in tokens
                    sample_mb=200,     # Million characters to learn from
-                   seed=0):
+                   seed=0,
+                   force=False):      # Replace a tokenizer of other settings in `out`
     "Train a tokenizer, check it, and save it as a transformers fast tokenizer with a chat template"
     from transformers import AutoTokenizer
     out = Path(out)
@@ -103,6 +104,7 @@ def make_tokenizer(corpus,            # Corpus folder or file, a list of them, {
     if (m := _tok_manifest(out)) and m['hash']==hash_of(about):
         tok = AutoTokenizer.from_pretrained(out)
         if tokenizer_hash(tok)==m['tokenizer']: return tok
+    elif m and not force: raise _another(out, m, about)
     texts = training_text(mix, sample_mb*1e6, seed)
     first = next(texts, None)
     if first is None: raise UserError(f'{", ".join(mix)}: no text to learn from. Name a corpus that is not empty.')
@@ -120,6 +122,14 @@ def make_tokenizer(corpus,            # Corpus folder or file, a list of them, {
                                                       tokenizer=tokenizer_hash(tok)), indent=1),
                                          encoding='utf-8')
     return AutoTokenizer.from_pretrained(out)
+
+def _another(out, there, asked):
+    "What to say to who would replace a tokenizer: packs and models that were made with it stop working"
+    other = [k for k in asked if k!='mix' and there.get(k)!=asked[k]]
+    tell = lambda m, text: ', '.join(f'{k}={m.get(k)}' for k in other) or text
+    return UserError(f'{relative(out)}: a tokenizer of {tell(there, "another text")} is there, '
+                     f'and one of {tell(asked, "this text")} is asked for. Packs and models made with it need it. '
+                     'Name a new folder, or replace it with --force (force=True).')
 
 def _tok_manifest(out):
     "Our manifest in a tokenizer folder, None if nothing is there; a folder of something else is refused"

@@ -212,7 +212,7 @@ def test_disk_full_leaves_the_old_file(tmp_path):
         import resource, sys
         from flow2lab.formats import convert, UserError
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try: convert(*sys.argv[1:])
+        try: convert(*sys.argv[1:], force=True)
         except UserError as e: print(e)''', src, dst)
     assert 'cannot write (File too large). Nothing written. Free some space' in said
     assert dst.read_text() == 'old' and sorted(os.listdir(tmp_path)) == ['dst.jsonl', 'src.jsonl']
