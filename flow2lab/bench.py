@@ -8,14 +8,14 @@ Docs: https://flow2lab.github.io/flow2lab/bench.html.md"""
 __all__ = ['touch', 'timed_load', 'file_size', 'answer_times', 'bench', 'short_samples', 'padded', 'train_clock', 'run_trainer',
            'run_fit']
 
-# %% ../nbs/51_bench.ipynb #340f2823
+# %% ../nbs/51_bench.ipynb #ac0b2c43
 import contextlib, statistics, time
 from pathlib import Path
 import numpy as np
 from .core import BENCH, UserError, base_folder
 from .evaluate import hf, memory_metrics
 from .models import PeakMemory, load_model, load_tokenizer
-from .quantize import size_in_memory, size_on_disk
+from .quantize import model_folder, open_model, size_in_memory, size_on_disk
 
 # %% ../nbs/51_bench.ipynb #616bcdb5
 def touch(model):
@@ -29,18 +29,23 @@ def touch(model):
     for s in spans.values(): torch.empty(0, dtype=torch.uint8, device=s.device).set_(s)[::4096].sum().item()
     return sum(s.nbytes() for s in spans.values())
 
-# %% ../nbs/51_bench.ipynb #58acf438
+# %% ../nbs/51_bench.ipynb #2f0f1d86
 def timed_load(base, dtype='auto', device='auto'):
-    "(model, seconds) of loading `base` with every page touched, imports and the search for it not counted"
+    "(model, tokenizer, seconds) of loading `base` with every page touched; imports, the search for it and, " \
+    "but for an adapter or a quantized folder, the tokenizer are not counted"
     import transformers.models.auto.modeling_auto        # the import is not the model's
+    where = model_folder(base_folder(base) or base) or base
+    tok = None if isinstance(where, Path) and (where/'flow2lab.json').is_file() else load_tokenizer(where)
     start = time.perf_counter()
-    model = load_model(base, dtype=dtype, device=device); touch(model)
-    return model, time.perf_counter()-start
+    if tok: model = load_model(where, dtype=dtype, device=device)
+    else: model, tok = open_model(where, dtype, device)
+    touch(model)
+    return model, tok, time.perf_counter()-start
 
 def file_size(base):
-    "Bytes of the weights of a local base, None for a preset or a hub id"
-    p = base_folder(base)
-    if p is None: return
+    "Bytes of the weights of a local base; None for a preset, a hub id, or an adapter, which is a part of one"
+    p = base_folder(base) or model_folder(base)
+    if p is None or p.is_dir() and (p/'adapter_config.json').is_file(): return
     return (p.stat().st_size if p.is_file() else
             sum(f.stat().st_size for f in (*p.glob('*.safetensors'), *p.glob('*.gguf'))))
 
@@ -53,7 +58,7 @@ def answer_times(be, prompt=BENCH['prompt'], new_tokens=BENCH['new_tokens'], see
     assert len(stamps)==new_tokens+2, 'an answer ended early'
     return stamps[1]-stamps[0], (stamps[-1]-stamps[1])/new_tokens
 
-# %% ../nbs/51_bench.ipynb #64399385
+# %% ../nbs/51_bench.ipynb #58ed95c0
 def bench(model,            # Shipped name, folder, GGUF file or hub id; or a model in memory
           tok=None,         # Its tokenizer, if it is in memory
           prompt:int=BENCH['prompt'],           # Tokens to read
@@ -67,8 +72,8 @@ def bench(model,            # Shipped name, folder, GGUF file or hub id; or a mo
         {f'bench/{name}': dict(value=value, unit=unit, direction=direction)})
     with PeakMemory() as memory:
         if isinstance(model, (str, Path)):
-            disk, tok = file_size(model), load_tokenizer(model) if tok is None else tok
-            model, load = timed_load(model, dtype, device)
+            disk = file_size(model)
+            model, its, load = timed_load(model, dtype, device); tok = tok or its
             put('load', load, 's', 'min')
         else: disk = None
         be = model if hasattr(model, 'loglikelihood') else hf(model, tok)

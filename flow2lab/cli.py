@@ -10,13 +10,14 @@ __all__ = ['command', 'parse_value', 'parse_items', 'parse_fields', 'parse_spec'
            'tokenizer', 'pack', 'pretrain', 'sft', 'dpo', 'check_rows', 'held_items', 'trained_together', 'action_of',
            'known_tokenizers', 'weighted', 'inventory_text', 'Result', 'stdout_to_stderr', 'overview', 'main']
 
-# %% ../nbs/90_cli.ipynb #879bfad4
+# %% ../nbs/90_cli.ipynb #8a5c9da4
 import contextlib, inspect, json, os, shutil, sys
 from pathlib import Path
 from fastcore.script import anno_parser
-from .core import Axis, Spec, UserError, nearest, relative, results_path, setting, to_json
+from .core import (Axis, Spec, UserError, base_of, kept_files, nearest, relative, results_path, setting,
+                           to_json)
 
-# %% ../nbs/90_cli.ipynb #864dfd3c
+# %% ../nbs/90_cli.ipynb #16ce4d27
 def parse_value(s):
     "JSON if it is JSON, else the text itself"
     try: return json.loads(s)
@@ -44,7 +45,8 @@ def parse_fields(pairs):
             at = at.setdefault(x, {})
             if not isinstance(at, dict): raise UserError(f'"{p}": {x} already has a plain value.')
         at[last] = parse_items(v) if k=='eval' and not v.startswith('{') else parse_value(v)
-    return d
+    if isinstance(d.get('base'), str): d['base'] = base_of(d['base'])
+    return kept_files(d)
 
 def parse_spec(pairs): "A Spec from `key=value` words"; return Spec.from_dict(parse_fields(pairs))
 
@@ -52,13 +54,14 @@ def check_spec(s):
     "Refuse now, in seconds, what a run would refuse after loading: wrong names, combinations that cannot work, " \
     "a base that is not there"
     from flow2lab.models import locate, preset
-    from flow2lab.quantize import check_combination
+    from flow2lab.quantize import check_combination, model_folder
     s.validate(); check_combination(s)
-    if isinstance(s.base, Spec): check_spec(s.base)
+    if isinstance(s.base, Spec) and hasattr(s.base, 'record'): model_folder(s.base.record)   # its weights may be gone
+    elif isinstance(s.base, Spec): check_spec(s.base)
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #ed4ccc6a
+# %% ../nbs/90_cli.ipynb #a64d5ebf
 command = Axis('command')
 
 @command
@@ -111,7 +114,7 @@ def score(task:str,              # squad_v2, gsm8k, arc, ...
     return Result(r, '\n'.join(f'{k:16} {v:.4f}' if isinstance(v, float) else f'{k:16} {v}' for k,v in r.items()))
 
 @command
-def eval(model:str,              # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
+def eval(model:str,              # Shipped name, folder (full, quantized, adapter), run, GGUF file or hub id
          tasks:str='nano_math,nano_choice,nano_qa',   # Comma separated
          data:str='',            # File, or folder in which each task finds its file
          limit:int=200,          # Items of each task, 0 for all
@@ -126,20 +129,21 @@ def eval(model:str,              # Shipped name, folder (full, quantized, adapte
     return Result(dict(model=model, metrics=e.metrics), str(e))
 
 @command
-def bench(model:str,             # Shipped name, folder, GGUF file or hub id
+def bench(model:str,             # Shipped name, folder, run, GGUF file or hub id
           prompt:int=128,        # Tokens of the prompt
           new_tokens:int=64,     # Tokens to decode
           repeats:int=3):        # Times measured
     "Measure size, load time, prefill and decode speed, and peak memory"
     from flow2lab.bench import bench
-    check_spec(Spec(base=model))
+    from flow2lab.quantize import model_folder
+    check_spec(Spec(base=str(model_folder(model) or model)))
     m = bench(model, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
     return Result(dict(model=model, metrics=m),
                   '\n'.join(f'{k:28} {v["value"]:>16,.6g} {v["unit"]}'
                             for k,v in m.items()))
 
 @command
-def chat(model:str,              # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
+def chat(model:str,              # Shipped name, folder (full, quantized, adapter), run, GGUF file or hub id
          system:str='',          # What the model is told before the talk
          temperature:float=0.0,  # 0 for the likeliest answer
          top_p:float=1.0,        # Draw from the likeliest tokens that together reach this
@@ -149,11 +153,11 @@ def chat(model:str,              # Shipped name, folder (full, quantized, adapte
          dtype:str='auto'):      # fp32, bf16 or auto
     "Talk with a model in the terminal"
     from flow2lab.serve import chat
-    chat(model, system, temperature, top_p, max_tokens, seed, backend, dtype)
-    return Result({}, '')
+    said = chat(model, system, temperature, top_p, max_tokens, seed, backend, dtype)
+    return Result(dict(model=model, messages=said), '')
 
 @command
-def serve(model:str,             # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
+def serve(model:str,             # Shipped name, folder (full, quantized, adapter), run, GGUF file or hub id
           host:str='127.0.0.1',  # Another than this machine's own needs FLOW2LAB_TOKEN in the environment
           port:int=8000,         # 0 for a free one
           rows:int=16,           # Requests that decode together
@@ -172,7 +176,7 @@ def serve(model:str,             # Shipped name, folder (full, quantized, adapte
     return Result({}, 'Stopped.')
 
 @command
-def merge(adapter:str,           # Folder of an adapter, or of the run that trained it
+def merge(adapter:str,           # Folder of an adapter, or the run that trained it
           base_dtype:str='',     # fp32 or bf16; if not given fp32, and a base that was quantized is quantized again
           out:str='',            # Folder to write; data/outputs/NAME-merged if not given
           base:str=''):          # In place of the base that the adapter names
@@ -188,7 +192,8 @@ def merge(adapter:str,           # Folder of an adapter, or of the run that trai
 def data(action:str,             # check, convert or inventory
          file:str='',            # File to look at
          out:str='',             # For convert: the file to write
-         skip_bad:bool=False):  # Leave bad rows out instead of refusing
+         skip_bad:bool=False,    # Leave bad rows out instead of refusing
+         force:bool=False):      # For convert: overwrite the file
     "Check or convert a file of training rows, or list what the data folder holds"
     from flow2lab import formats
     if action=='inventory': r = formats.inventory(); return Result(r, inventory_text(r))
@@ -200,7 +205,7 @@ def data(action:str,             # check, convert or inventory
         if r.message and not skip_bad: print(str(r).rsplit("\n", 1)[0], file=sys.stderr); raise UserError(r.message)
         return r
     if not out: raise UserError('data convert: name the file to write with --out.')
-    n = formats.convert(file, out, skip_bad=skip_bad)
+    n = formats.convert(file, out, skip_bad=skip_bad, force=force)
     return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
 
 @command(pos=['axis'])
@@ -238,7 +243,8 @@ def corpus(*what:str,            # prepare SOURCES..., stats CORPUS, or dedup FI
            limit:int=0,          # prepare: documents of each file or stream, 0 for all
            shard_mb:float=64,    # prepare: million characters in a shard
            workers:int=0,        # Processes, 0 for one a core
-           skip_bad:bool=False): # Leave out rows that cannot be read
+           skip_bad:bool=False,  # Leave out rows that cannot be read
+           force:bool=False):    # dedup: overwrite the file
     "Clean, deduplicate, mix and shard text (a source is a file, a folder, a declared name, or any with =weight); " \
     "look for duplicates"
     from flow2lab import corpus as c
@@ -246,7 +252,8 @@ def corpus(*what:str,            # prepare SOURCES..., stats CORPUS, or dedup FI
     if not names: raise UserError(f'corpus {action}: name {"a source" if action=="prepare" else "a corpus or file"}.')
     if action!='prepare' and len(names)>1: raise UserError(f'corpus {action}: one at a time, not {len(names)}.')
     if action=='stats': return c.corpus_stats(names[0])
-    if action=='dedup': return c.dedup(names[0], near=near, out=out, skip_bad=skip_bad, workers=workers)
+    if action=='dedup': return c.dedup(names[0], near=near, out=out, skip_bad=skip_bad, workers=workers,
+                                       force=force)
     if not out: raise UserError('corpus prepare: name the folder to write with --out.')
     return c.prepare(weighted(names), out, rules=rules.split(',') if rules else None,
                      language='' if language=='any' else language,
@@ -260,7 +267,8 @@ def tokenizer(*what:str,               # train CORPUS..., or check TOKENIZER [TE
               vocab:int=32_000,        # Pieces, special tokens included
               kind:str='bytes',        # bytes (byte-level BPE) or sentencepiece (unigram with byte fallback)
               context:int=1024,        # Longest sequence of the models it is for, in tokens
-              sample_mb:float=200):    # Million characters to learn from
+              sample_mb:float=200,     # Million characters to learn from
+              force:bool=False):       # train: replace a tokenizer of other settings
     "Train a tokenizer on a corpus (any with =weight), or check one: round trips, tokens a word, special tokens"
     from flow2lab import tokenize as t
     action, names = action_of(what, ['train', 'check'])
@@ -272,7 +280,7 @@ def tokenizer(*what:str,               # train CORPUS..., or check TOKENIZER [TE
         return r
     if not out: raise UserError('tokenizer train: name the folder to write with --out.')
     return t.tokenizer_report(t.make_tokenizer(weighted(names), out, vocab=vocab, kind=kind,
-                                               context=context, sample_mb=sample_mb), out)
+                                               context=context, sample_mb=sample_mb, force=force), out)
 
 @command
 def pack(corpus:str,               # Prepared corpus, or a file of documents
@@ -305,7 +313,7 @@ def pretrain(*changes:str,         # Fields of the Spec as key=value, e.g. train
     from flow2lab.scratch import pretrain_spec
     for k,v in dict(pack=pack, tokenizer=tokenizer).items():
         if not v: raise UserError(f'pretrain: --{k} is missing.')
-    eval = dict(samples=0, **(dict(perplexity=dict(path=held)) if held else {}))
+    eval = dict(samples=0, **(kept_files(dict(perplexity=dict(path=held))) if held else {}))
     return trained_together(pretrain_spec(pack, tokenizer, size, ratio, tokens, schedule, eval, seed),
                             changes, processes, study, force)
 
@@ -322,7 +330,7 @@ def sft(*changes:str,              # Fields of the Spec as key=value, e.g. metho
         study:str='scratch',       # Folder below data/results
         force:bool=False):         # Run again although the record exists
     "Fine-tune a model on instructions, packed, on its answers alone"
-    from flow2lab.scratch import base_of, sft_spec
+    from flow2lab.scratch import sft_spec
     if not base: raise UserError('sft: --base is missing. Name a run, a folder or a model.')
     return trained_together(sft_spec(base_of(base), data, task, method, template, held_items(task, data, items), seed),
                             changes, processes, study, force)
@@ -342,7 +350,7 @@ def dpo(*changes:str,              # Fields of the Spec as key=value, e.g. train
         force:bool=False):         # Run again although the record exists
     "Teach a model which of two answers is preferred (DPO)"
     from flow2lab.preference import check_loss
-    from flow2lab.scratch import base_of, dpo_spec
+    from flow2lab.scratch import dpo_spec
     if not base: raise UserError('dpo: --base is missing. Name a run, a folder or a model.')
     check_loss(beta, loss)
     return trained_together(
@@ -359,7 +367,8 @@ def check_rows(s):
         task[s.task].load(**{'split': 'train', **a})
     return s
 
-def held_items(task, data, items): return {task: dict(n=items, **(dict(path=data) if data else {}))} if items else {}
+def held_items(task, data, items):
+    return kept_files({task: dict(n=items, **(dict(path=data) if data else {}))}) if items else {}
 
 def trained_together(s, changes, processes, study, force):
     "The record of Spec `s` with `changes`, trained by several processes if asked"
@@ -406,7 +415,7 @@ def inventory_text(r):
                for a in r['adapters'])]
     return '\n'.join(lines + [f'over the size guideline: {o}' for o in r['over']])
 
-# %% ../nbs/90_cli.ipynb #df32c377
+# %% ../nbs/90_cli.ipynb #1ad19466
 class Result:
     "A value with two faces: `to_dict` for programs, `str` for people"
     def __init__(self, d, text): self.d, self.text = d, text
@@ -444,8 +453,11 @@ def main(argv=None):
         kw = {k: v for k,v in args.items() if k not in ('pdb', 'xtra')}
         with stdout_to_stderr() if as_json else contextlib.nullcontext(sys.stdout) as out:
             r = f(*(many[0] if many else ()), **kw)
-            print(to_json(r) if as_json else r, file=out)
+            print(to_json(r) if as_json else r, file=out, flush=True)
     except UserError as e: print(f'flow2lab {argv[0]}: {e}', file=sys.stderr); return 2
+    except BrokenPipeError:                    # who reads has heard enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except KeyboardInterrupt:
         print('\nStopped. What was recorded is kept; the same command goes on from there.', file=sys.stderr)
         return 130

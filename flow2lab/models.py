@@ -155,7 +155,7 @@ def preset(base:str):
     f(size, **{f.variant: more})                     # a wrong variant is an error here, not when the model is built
     return functools.partial(f, **{f.variant: more}), size
 
-# %% ../nbs/20_models.ipynb #ca25cc14
+# %% ../nbs/20_models.ipynb #dbca4e79
 def hub_reachable(timeout=None):
     "Whether the hub's host takes a connection within `timeout` seconds"
     if os.environ.get('HF_HUB_OFFLINE', '0') in ('1', 'true', 'True'): return False
@@ -178,10 +178,11 @@ def _from_hub(base):
     try:
         if isinstance(try_to_load_from_cache(base, 'config.json'), str): return
     except HFValidationError:
-        raise UserError(f'unknown model "{base}": neither a folder, a preset nor a hub id. '
+        raise UserError(f'unknown model "{base}": neither a folder, a run, a preset nor a hub id. '
                         f'{nearest(base, known)}') from None
     if '/' not in base:
-        raise UserError(f'unknown model "{base}". {nearest(base, known)} Hub ids have the form owner/name.')
+        raise UserError(f'unknown model "{base}", and no run is called so. {nearest(base, known)} '
+                        'Hub ids have the form owner/name.')
     if not hub_reachable(): raise UserError(f'model "{base}": not on this machine, and the hub cannot be reached. '
                                             f'Give a local folder, or one of: {", ".join(known)}.')
     try: HfApi().model_info(base, timeout=float(setting('hub_timeout')))
@@ -189,20 +190,24 @@ def _from_hub(base):
                                                 'Check the name; '
                                                 f'a gated model needs `hf auth login`.') from None
 
-def locate(base):
+def locate(base, what='model'):     # Or tokenizer
     "What `from_pretrained` takes: (folder or hub id, keyword arguments)"
     if (p := base_folder(base)):
         gguf = (p if p.suffix=='.gguf' else None if (p/'config.json').exists() else
                 next(iter(sorted(p.glob('*.gguf'))), None))
         if gguf: return str(gguf.parent), dict(gguf_file=gguf.name)
         return str(p), {}
-    if str(base).startswith(('.', '/', '~')) or str(base).endswith('.gguf'):
+    lost = str(base).startswith(('.', '/', '~')) or str(base).endswith('.gguf')
+    if what=='tokenizer' and (lost or '/' not in str(base)):
+        raise UserError(f'{base}: no tokenizer there, seen from here and from the project root. Name a folder with '
+                        'tokenizer.json, which flow2lab tokenizer train makes, or a model that has one.')
+    if lost:
         raise UserError(f'{base}: no model here. A model folder holds config.json and *.safetensors; '
                         'or give a .gguf file.')
     _from_hub(str(base))
     return str(base), {}
 
-# %% ../nbs/20_models.ipynb #71121983
+# %% ../nbs/20_models.ipynb #f0145c8c
 def pick_device(device='auto'):
     import torch
     if device!='auto': return device
@@ -219,7 +224,7 @@ def pick_dtype(dtype='auto', device='cpu'):
 def load_tokenizer(base):
     "The tokenizer of `base`, with a pad token"
     from transformers import AutoTokenizer
-    where, kw = locate(base)
+    where, kw = locate(base, 'tokenizer')
     tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **kw)
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok

@@ -11,14 +11,14 @@ __all__ = ['QuantMethod', 'QuantizationSpec', 'parse_tag', 'quant_spec', 'tag_qu
            'start', 'pack', 'apply', 'save_quantized', 'load_quantized', 'model_folder', 'folder_info', 'open_adapter',
            'open_model', 'merge_adapter']
 
-# %% ../nbs/40_quantize.ipynb #d7a16b33
+# %% ../nbs/40_quantize.ipynb #ae4f39c2
 import contextlib, copy, json, logging, os, re, tempfile, warnings
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import (Spec, UserError, atomic_dir, atomic_write, base_folder, bound_args, method, output_path,
-                           project_path, quantizer, relative, setting, task, to_json)
+from .core import (Spec, UserError, atomic_dir, atomic_write, base_folder, base_of, bound_args, find_run,
+                           method, output_path, project_path, quantizer, relative, run_spec, setting, task, to_json)
 from .methods import (CertificateError, adapted_layers, bare, hold, is_quantized, linear_layers, load_adapter,
                               low_bit, repacked)
 
@@ -410,7 +410,7 @@ def merge(model,             # With an adapter, on any base; or quantized, to be
     merged.merged = dict(error=e, allowed=exact, from_model=off)
     return merged
 
-# %% ../nbs/40_quantize.ipynb #d1e3fa01
+# %% ../nbs/40_quantize.ipynb #842d0940
 def load_base(spec,          # Says base, base_quant and base_quant_args
               base=None,     # To load instead of spec.base, e.g. the folder of the run that spec.base names
               **kw):         # To load_model, when nothing is quantized
@@ -430,11 +430,13 @@ def trained_weights(spec):
     raise UserError(f'{spec.name}: its trained weights are not in {relative(out)}. Run it again with --force.')
 
 def tokenizer_of(spec):
-    "The tokenizer of the base that `spec` goes back to (a model that starts from nothing has its data's), " \
-    "with the template that its task asks for"
+    "The tokenizer of the base that `spec` goes back to (a model that starts from nothing has its data's, " \
+    "a trained one what was saved with it), with the template that its task asks for"
     from flow2lab.models import load_tokenizer
     from flow2lab.stages import with_template
-    if isinstance(spec.base, Spec): tok = tokenizer_of(spec.base)
+    if isinstance(spec.base, Spec):
+        last = output_path(spec.base)/'last'
+        tok = load_tokenizer(last) if (last/'tokenizer.json').is_file() else tokenizer_of(spec.base)
     else: tok = t.tokenizer(**spec.task_args) if (t := _fresh(spec)) else load_tokenizer(spec.base)
     return with_template(tok, spec.task_args.get('template', ''))
 
@@ -506,13 +508,25 @@ def load_quantized(folder, device='auto'):
     model.quantized_by, model.quantization = info['quantizer'], spec
     return model
 
-# %% ../nbs/40_quantize.ipynb #35ae9101
+# %% ../nbs/40_quantize.ipynb #60f9ae42
 def model_folder(where):
     "The folder that `where` means: given as it is, from the project root or below the outputs; " \
-    "of a run, its adapter or else its last weights"
-    for p in (Path(where).expanduser(), project_path(where), project_path(setting('outputs'), where)):
-        for f in (p, p/'adapter', p/'last'):
-            if (f/'config.json').is_file() or (f/'adapter_config.json').is_file(): return f.resolve()
+    "of a run, its adapter or else its last weights. `UserError` for a run that left none"
+    out = project_path(setting('outputs'))
+    within = lambda p: next((f.resolve() for f in (p, p/'adapter', p/'last')
+                             if (f/'config.json').is_file() or (f/'adapter_config.json').is_file()), None)
+    for p in (Path(where).expanduser(), project_path(where), out/where):
+        if (f := within(p)): return f
+    if (run := find_run(where)) is None: return None
+    if (f := within(out/run.name)): return f
+    raise UserError(f'{run.name}: ' + _no_weights(run_spec(run), relative(out/run.name)))
+
+def _no_weights(s, out):
+    "Why the run of `s` has no weights of its own, and what to do"
+    start = s.base.id if isinstance(s.base, Spec) else s.base
+    if s.task: return f'its trained weights are not in {out}. Run it again with --force.'
+    did = f' (it quantized, {s.quant})' if s.quant else ''
+    return f'trained nothing{did}. Name what it starts from: {start}.'
 
 def folder_info(folder):
     "What flow2lab wrote beside the weights in `folder`, {} if nothing"
@@ -527,7 +541,7 @@ def open_adapter(folder, dtype='auto',
     if 'spec' not in info:
         raise UserError(f'{relative(folder)}: an adapter without flow2lab.json, so its base cannot be checked. '
                         'Load it with peft, or train it here.')
-    s = Spec.from_dict(info['spec']).but(quant='', **(dict(base=base) if base else {}),
+    s = Spec.from_dict(info['spec']).but(quant='', **(dict(base=base_of(base)) if base else {}),
                                          **(dict(dtype=dtype) if dtype!='auto' else {}))
     tok = tokenizer_of(s)
     with warnings.catch_warnings():
@@ -544,7 +558,7 @@ def open_model(where,              # Shipped name, folder (full, quantized, adap
     if 'quantizer' in folder_info(f): return load_quantized(f, device), load_tokenizer(f)
     return load_model(f, dtype=dtype, device=device), load_tokenizer(f)
 
-# %% ../nbs/40_quantize.ipynb #dce50ebb
+# %% ../nbs/40_quantize.ipynb #6590c61c
 def merge_adapter(adapter,          # Folder of an adapter, or of the run that trained it
                   # fp32 or bf16; '' for fp32, and for a base that was quantized to quantize the result again
                   base_dtype='',
@@ -556,8 +570,8 @@ def merge_adapter(adapter,          # Folder of an adapter, or of the run that t
         raise UserError(f'base_dtype={base_dtype}: fp32, bf16, or leave it out.')
     f = model_folder(adapter)
     if f is None:
-        raise UserError(f'{adapter}: no adapter here. '
-                        'Give the folder that holds adapter_config.json, or that of its run.')
+        raise UserError(f'{adapter}: no adapter here. Give the folder that holds adapter_config.json, '
+                        "its run's folder or name, or the beginning of the run's id.")
     if not (f/'adapter_config.json').is_file():
         raise UserError(f'{relative(f)}: holds a model, not an adapter: there is nothing to merge.')
     name = f.parent.name if f.name=='adapter' else f.name

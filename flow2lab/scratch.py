@@ -6,14 +6,14 @@ Docs: https://flow2lab.github.io/flow2lab/scratch.html.md"""
 
 # %% auto #0
 __all__ = ['LORA', 'SFT_LR', 'DPO_LR', 'sized', 'dial', 'pretrain_spec', 'size_class', 'parameters_of', 'sft_spec', 'dpo_spec',
-           'base_of', 'train_in_processes', 'train_here']
+           'train_in_processes', 'train_here']
 
-# %% ../nbs/77_scratch.ipynb #836a8f3a
+# %% ../nbs/77_scratch.ipynb #39b777e1
 import json, os, subprocess, sys, tempfile
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import (Spec, UserError, base_folder, output_path, project_path, relative,
-                           results_path, to_json)
+from .core import Spec, UserError, output_path, project_path, to_json
+from .core import kept as _kept
 
 # %% ../nbs/77_scratch.ipynb #8c04a3d7
 def sized(base, vocab=0):
@@ -51,12 +51,7 @@ def dial(size='tiny',    # nano, tiny, small, base, d1 to d99, or a preset such 
                     steps=-(-tokens//batch),
                     flops=3*flops_per_token(c, context).total*tokens)
 
-# %% ../nbs/77_scratch.ipynb #1d4cbd14
-def _kept(path):
-    "`path` as a Spec keeps it; several may be joined by commas"
-    one = lambda p: relative(p) if os.path.isabs(p) and Path(p).resolve().is_relative_to(project_path()) else p
-    return ','.join(one(p.strip()) for p in str(path).split(','))
-
+# %% ../nbs/77_scratch.ipynb #87b87834
 def pretrain_spec(pack,               # Folder that `pack_corpus` made
                   tokenizer,          # Folder of its tokenizer
                   size='tiny',        # As for `dial`
@@ -90,6 +85,8 @@ def parameters_of(base):
     "Parameters of what a Spec may start from"
     from flow2lab.models import count_params, load_tokenizer, meta_model
     if isinstance(base, Spec):
+        last = output_path(base)/'last'
+        if (last/'config.json').is_file(): return count_params(meta_model(last)).total
         if not isinstance(base.base, Spec) and base.task=='text':
             return count_params(sized(base.base, len(load_tokenizer(base.task_args['tokenizer'])))).total
         return parameters_of(base.base)
@@ -122,25 +119,6 @@ def dpo_spec(base, data='', task='preference', method='lora', beta=.1, loss='sig
     "The Spec that teaches `base` which of two answers is preferred"
     return _tuned(base, data, task, method, DPO_LR, train, eval, seed,
                   {**dict(beta=beta), **({'loss': loss} if loss!='sigmoid' else {}), **task_args})
-
-# %% ../nbs/77_scratch.ipynb #b9c20af8
-def base_of(name):
-    "The Spec of a run (its folder, its name or the beginning of its id), else `name` as it is, " \
-    "for a model by name or folder"
-    p = Path(str(name)).expanduser()
-    if (p/'spec.json').exists(): return _read_spec(p/'spec.json')
-    if base_folder(name) or p.exists(): return str(name)
-    there = sorted(results_path().glob('*/*--*/spec.json')) if results_path().exists() else []
-    found = {f.parent.name: f for f in there
-             if str(name)==f.parent.name.rpartition('--')[0]
-             or len(str(name))>5 and f.parent.name.rpartition('--')[2].startswith(str(name))}
-    if len(found)>1:
-        raise UserError(f'{name}: {len(found)} runs could be meant: {", ".join(found)}. Give more of the id.')
-    return _read_spec(next(iter(found.values()))) if found else str(name)
-
-# a record's has the id beside
-def _read_spec(f):
-    return Spec.from_dict({k: v for k,v in json.loads(f.read_text()).items() if k in Spec.__dataclass_fields__})
 
 # %% ../nbs/77_scratch.ipynb #7acfe384
 def train_in_processes(spec, processes, extra=()):

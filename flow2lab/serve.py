@@ -740,7 +740,7 @@ def serve(model,                       # Shipped name, folder (full, quantized, 
 
 def _listed(s): return [x.strip().rstrip('/') for x in s.split(',') if x.strip()]
 
-# %% ../nbs/80_serve.ipynb #57ff365b
+# %% ../nbs/80_serve.ipynb #8511796c
 def chat_turn(be, engine, turns, limit, temperature=0., top_p=1., seed=None, say=print):
     "Ask the model for the next turn, saying it as it comes; returns (text, reason it ended)"
     import queue
@@ -766,10 +766,11 @@ def chat(model,                        # As for serve
          top_p:float=1., max_tokens:int=512,
          seed:int=0,                   # Of answers with a temperature
          backend:str='hf', dtype:str='auto'):
-    "Talk with `model` in the terminal until ctrl-D or an empty ctrl-C"
-    for k,ok,v in (('temperature', temperature>=0, temperature), ('top_p', 0<top_p<=1, top_p),
-                   ('max_tokens', max_tokens>0, max_tokens)):
-        if not ok: raise UserError(f'--{k.replace("_", "-")} {v}: out of range.')
+    "Talk with `model` in the terminal until ctrl-D or an empty ctrl-C; returns what was said, as messages"
+    for k,ok,v,want in (('temperature', temperature>=0, temperature, '0 or more'),
+                        ('top_p', 0<top_p<=1, top_p, 'above 0 and at most 1'),
+                        ('max_tokens', max_tokens>0, max_tokens, '1 or more')):
+        if not ok: raise UserError(f'--{k.replace("_", "-")} {v}: out of range. Give {want}.')
     from flow2lab.evaluate import load_backend
     be = load_backend(model, backend, dtype)
     engine, turns = Engine(be, rows=1, queue=1), [dict(role='system', content=system)] if system else []
@@ -783,3 +784,4 @@ def chat(model,                        # As for serve
                 turns.append(dict(role='assistant', content=said))
                 print({'length': ' [cut off]', 'stopped': ' [stopped]'}.get(why, ''))
     engine.close(); engine.thread.join(10)
+    return turns

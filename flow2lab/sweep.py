@@ -784,7 +784,7 @@ def _tidy_up(study):
             try: mend(work)
             finally: release(lock)
 
-# %% ../nbs/70_sweep.ipynb #b719b471
+# %% ../nbs/70_sweep.ipynb #ad2bba85
 def sweep(specs,                     # Specs to run; equal ones run once
           study,                     # Folder below data/results
           jobs=None,                 # Runs at a time: None one per GPU or else one, 0 one per GPU or else per core
@@ -815,10 +815,11 @@ class _Sweep:
     def __init__(self, todo, study, jobs, progress, force, pool, kw):
         self.todo, self.study, self.force, self.kw, self.stop = todo, study, force, kw, threading.Event()
         from flow2lab.records import run_folder
-        self.folder = {i: run_folder(study, s) for i,s in todo.items()}
+        self.folder = {i: getattr(s, 'record', None) or run_folder(study, s) for i,s in todo.items()}
         recs = {i: record_of(f) for i,f in self.folder.items()}
+        again = [i for i,s in todo.items() if force and not hasattr(s, 'record')]
         self.results = {i: RunResult(todo[i], r['status'], self.folder[i], 0., r.get('message', ''))
-                        for i,r in recs.items() if r and r['status'] in DONE and not force}
+                        for i,r in recs.items() if r and r['status'] in DONE and i not in again}
         self.had, self.running, self.busy = len(self.results), {}, {}
         self.waiting = [i for i in todo if i not in self.results]
         self.slots, self.threads = _slots(jobs)

@@ -81,7 +81,7 @@ def files(cls:Task, path, split='test', subset='', **options):
                     f'(by the words {", ".join(cls.splits[split])}).'
                     f' There: {names}. Name the file itself in path=.')
 
-# %% ../nbs/11_tasks.ipynb #1e81fc2f
+# %% ../nbs/11_tasks.ipynb #8c4ce479
 def check_hub(what):
     "Raise `UserError` unless the hub answers within the setting `hub_timeout` (seconds)"
     # its client will use the cache
@@ -94,7 +94,8 @@ def check_hub(what):
     t = threading.Thread(target=knock, daemon=True); t.start(); t.join(0.9*limit)
     if answer and not answer[0]: return
     why = answer[0] if answer else f'no answer within {limit:g} s'
-    raise UserError(f'{what}: the hub at {url} cannot be reached ({why}). Give path= a local copy, '
+    raise UserError(f'{what}: the hub at {url} cannot be reached ({why}). '
+                    f'Give path= (on the command line --data) a local copy, '
                     f'set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to use what is cached.')
 
 def hub_rows(repo, config=None, split='test', revision='main'):
@@ -106,7 +107,7 @@ def hub_rows(repo, config=None, split='test', revision='main'):
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         where = f'dataset {repo} ({config or "default"}, {split}{"" if local else f", revision {revision}"})'
         raise UserError(f'{where}: {str(e).splitlines()[0]}. '
-                        'Correct hub= or revision=, or give path= a local copy.') from e
+                        'Correct hub= or revision=, or give path= (--data) a local copy.') from e
 
 # %% ../nbs/11_tasks.ipynb #538f1b01
 def sample(rows, n=0, seed=0):
@@ -169,11 +170,13 @@ def load(cls:Task,
     pool = cls.rows('train', cls.source('train', pool, hub, revision, **o), **o)
     return cls.with_shots(drawn, pool, o['shots'], seed)
 
-# %% ../nbs/11_tasks.ipynb #1a2da545
+# %% ../nbs/11_tasks.ipynb #eebb8a78
 _base = dict(split='test', n=0, seed=0, path='', hub='', revision='main')
 
 @patch(cls_method=True)
-def args(cls:Task): "Names of the arguments that `load` takes"; return [*_base, *cls.options]
+def defaults(cls:Task): "The arguments that `load` takes, with their defaults"; return {**_base, **cls.options}
+@patch(cls_method=True)
+def args(cls:Task): "Names of the arguments that `load` takes"; return [*cls.defaults()]
 
 @patch(cls_method=True)
 def resolve(cls:Task, args):

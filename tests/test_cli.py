@@ -7,9 +7,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/'shared'/'data'
 needs_data = pytest.mark.skipif(not SHARED.exists(), reason='no ../shared/data beside this checkout')
 
-def cli(*args, **env):
+def cli(*args, here=ROOT, said=None, **env):
     return subprocess.run([sys.executable, '-c', 'import sys; from flow2lab.cli import main; sys.exit(main())',
-                           *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=300,
+                           *map(str, args)], capture_output=True, text=True, cwd=here, timeout=300, input=said,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
 
 def fails(*args, says, **env):
@@ -50,6 +50,17 @@ def test_compare_reads_pefts_files():
     (['run', 'task=nano_math', 'method=lroa'], 'Did you mean "lora"'),
     (['run', 'task=nano_math', 'train.lrr=1'], 'Did you mean "lr"'),
     (['run', 'task=nano_maths'], 'Did you mean "nano_math"'),
+    (['run', 'task=nano_math', 'train.lr=fast'], 'train.lr=fast: give a number'),
+    (['run', 'task=nano_math', 'seed=x'], 'seed=x: give a whole number'),
+    (['run', 'task=nano_math', 'method=lora', 'method_args.r=-3'], 'method_args.r=-3: give 1 or more'),
+    (['run', 'task=nano_math', 'train.seq_len=abc'], 'train.seq_len=abc: give a whole number'),
+    (['run', 'task=nano_math', 'train.epochs=0'], 'trains nothing'),
+    (['run', 'task=nano_math', 'train.tokens=-5'], 'train.tokens=-5: give 0 or more'),
+    (['run', 'method=lora'], 'method without task'),
+    (['eval', 'nano', '--limit', '-3'], 'n=-3: give 0 or more'),
+    (['chat', 'nano', '--temperature', '-1'], 'Give 0 or more'),
+    (['pretrain', '--pack', 'nowhere', '--tokenizer', 'nowhere'], 'nowhere: no tokenizer there'),
+    (['corpus', 'prepare', 'README.md', '--out', '/nowhere', '--language', 'zz'], 'unknown language "zz"'),
     (['run', 'base=nowhere/nothing', 'task=nano_math', 'method=lora'], 'nowhere/nothing'),
     (['run', 'task=nano_math', 'method=dora', 'base_quant=int8'], 'dora'),
     (['eval', './no/model', '--tasks', 'nano_math'], './no/model'),
@@ -69,7 +80,36 @@ def test_mistakes_cost_a_sentence_and_exit_code_2(args, says):
 def test_the_issues_example(tmp_path):
     f = tmp_path/'train.jsonl'; f.write_text('{"text": "a"}\n{"text":1\n{"text": "b"}\n')
     fails('data', 'check', f, says='train.jsonl:2: invalid JSON at column')
-    r = cli('data', 'check', f); assert '1 of 3 rows bad. Nothing written. Fix it, or use --skip-bad.' in r.stderr
+    r = cli('data', 'check', f); assert '1 of 3 rows bad. Fix it, or use --skip-bad.' in r.stderr
+
+def test_data_inventory_names_a_folder_that_is_not_there():
+    fails('data', 'inventory', says='/no/such', FLOW2LAB_DATA='/no/such')
+
+def test_a_file_of_the_user_is_not_overwritten(tmp_path):
+    mine, rows = tmp_path/'mine.jsonl', tmp_path/'rows.csv'
+    mine.write_text('{"text": "mine"}\n'); rows.write_text('prompt,response\na,b\n')
+    for args in (['data', 'convert', rows], ['corpus', 'dedup', mine]):
+        fails(*args, '--out', mine, says='mine.jsonl: exists already')
+    assert mine.read_text()=='{"text": "mine"}\n'
+    assert cli('data', 'convert', rows, '--out', mine, '--force').returncode==0 and '"b"' in mine.read_text()
+
+def test_paths_are_meant_from_here(tmp_path):
+    "`run` in a folder of the user's with a file of its own: the worker, which stands elsewhere, finds it"
+    rows = [dict(messages=[dict(role='user', content=f'{i}+1'), dict(role='assistant', content=str(i+1))])
+            for i in range(40)]
+    (tmp_path/'good.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    got = only_json(cli('run', 'base=micro', 'task=chat', 'task_args.path=good.jsonl', 'eval.chat.path=./good.jsonl',
+                        'eval.chat.n=3', '--json', here=tmp_path, FLOW2LAB_RESULTS=str(tmp_path/'results'),
+                        FLOW2LAB_OUTPUTS=str(tmp_path/'outputs')))
+    assert got['metrics']['chat/f1']['n']==3
+
+def test_a_reader_that_has_heard_enough():
+    code = 'import sys; from flow2lab.cli import main; sys.exit(main())'
+    for more in ([], ['--json']):
+        p = subprocess.Popen([sys.executable, '-c', code, 'list', *more], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        p.stdout.close(); said = p.stderr.read(); p.wait()
+        assert 'BrokenPipe' not in said and 'Traceback' not in said, said[-500:]
 
 def test_json_is_one_object_on_stdout():
     assert 'dora' in only_json(cli('list', 'method', '--json'))['method']
@@ -77,6 +117,8 @@ def test_json_is_one_object_on_stdout():
     assert only_json(cli('data', 'inventory', '--json'))['datasets']['count']>=6
     got = only_json(cli('eval', 'micro', '--tasks', 'nano_choice', '--limit', '20', '--json'))
     assert got['metrics']['nano_choice/accuracy']['n']==20
+    got = only_json(cli('chat', 'nano', '--max-tokens', '5', '--json', said='1 + 2?\n'))
+    assert [m['role'] for m in got['messages']]==['user', 'assistant']
 
 def test_a_run_is_recorded_once(tmp_path):
     args = ['run', 'base=micro', 'task=nano_math', 'task_args.n=60', 'method=lora', 'train.lr=5e-3',

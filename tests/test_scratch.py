@@ -1,16 +1,16 @@
-"From raw text to an aligned model by commands: each stage alone, two processes as one, mistakes in a sentence, " \
+"From raw text to an aligned model by the README's commands, two processes as one, mistakes in a sentence, " \
 "no secret anywhere"
-import json, os, subprocess, sys
+import io, json, os, shlex, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = 'hf_canaryCANARYcanaryCANARYcanary1'
 
-def cli(*args, where=None, **env):
+def cli(*args, where=None, here=ROOT, said=None, **env):
     kw = dict(FLOW2LAB_RESULTS=f'{where}/results', FLOW2LAB_OUTPUTS=f'{where}/outputs') if where else {}
     return subprocess.run([sys.executable, '-c', 'import sys; from flow2lab.cli import main; sys.exit(main())',
-                           *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=600,
+                           *map(str, args)], capture_output=True, text=True, cwd=here, timeout=600, input=said,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_TOKEN': CANARY, **kw, **env})
 
 def ok(*args, **kw):
@@ -36,26 +36,72 @@ def pretrain(d, *more):
             'train.precision=fp32', 'train.batch_tokens=2048', 'eval=samples:2', *more]
 def runs(d): return {p.parent.name: p.stat().st_mtime_ns for p in (d/'results').glob('*/*/metrics.json')}
 
-def test_stages_by_command(made):
-    d = made
-    one, r1 = ok(*pretrain(d), where=d)
+# What the README's commands get besides, to be done in seconds
+SHORT = {'tokenizer': '--vocab 600 --context 256', 'pack': '--seq-len 64 --workers 1', 'corpus': '--workers 1',
+         'pretrain': '--size micro --tokens 12000 train.precision=fp32 train.batch_tokens=2048 eval=samples:2',
+         'sft': '--template alpaca --items 10', 'dpo': '--items 10', 'chat': '--max-tokens 8'}
+
+def readme():
+    "The commands under the README's heading, without comments"
+    block = (ROOT/'README.md').read_text().split('## From your text to a model that answers')[1].split('```')[1]
+    return [shlex.split(l, comments=True)[1:] for l in block.strip().splitlines()]
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+    "A folder with what the README's commands start from, and what became of it: {command: CompletedProcess}"
+    from flow2lab.nano import pretraining_rows, row_text
+    d = tmp_path_factory.mktemp('texts'); rows = pretraining_rows(3500); (d/'my_texts').mkdir()
+    write = lambda f, rs: (d/f).write_text(''.join(json.dumps(r)+'\n' for r in rs))
+    talk = lambda: ' '.join(row_text(next(rows)) for _ in range(20))
+    write('my_texts/a.jsonl', [dict(text=f'Here is what the people of the town {i} have to say of it. {talk()}')
+                               for i in range(150)])
+    write('instructions.jsonl', [dict(instruction=f'Add {i} and 1.', output=str(i+1)) for i in range(200)])
+    write('pairs.jsonl', [dict(prompt=f'Add {i} and 1.', chosen=str(i+1), rejected='No.') for i in range(120)])
+    return d
+
+def test_the_commands_of_the_readme(texts):
+    "From another folder than the project's, with what each prints; from pretraining on without pack and tokenizer"
+    d, run, said = texts, '', {}
+    assert [c[0] for c in readme()]==['corpus', 'tokenizer', 'pack', 'pretrain', 'sft', 'dpo', 'merge', 'chat']
+    for c in readme():
+        args = [run if a=='RUN' else a for a in c] + SHORT.get(c[0], '').split()
+        if c[0]=='corpus': args += ['--rules', 'encoding']
+        said[c[0]] = r = cli(*args, where=d, here=d, said='Add 3 and 1.\n')
+        assert r.returncode==0, (args, r.stderr[-1500:])
+        if c[0] in ('pretrain', 'sft', 'dpo'): run = r.stdout.split()[2]
+        if c[0]=='pretrain': shutil.rmtree(d/'packed'); shutil.rmtree(d/'words')
+    assert (d/'my_model'/'model.safetensors').is_file() and len(runs(d))==3
+    record = {k: json.loads((d/'results/scratch'/said[k].stdout.split()[2]/'metrics.json').read_text())
+              for k in ('pretrain', 'sft', 'dpo')}
+    one, two, three = record.values()
     assert {'train/mfu', 'train/val_bits_per_byte', 'samples/words'} <= set(one['metrics'])
-    two, r2 = ok('sft', '--base', one['id'][:10], '--task', 'nano_talk', '--template', 'alpaca', '--items', 10,
-                 'task_args.n=60', where=d)
-    three, r3 = ok('dpo', '--base', two['id'], '--task', 'nano_preference', '--items', 20, 'task_args.n=40', where=d)
-    assert (three['name'].endswith('nano_preference_DPO_LoRa8_NoQuant')
-            and 0<=three['metrics']['nano_preference/accuracy']['value']<=1)
-    assert {'train/val_kl', 'train/val_margin', 'train/val_accuracy'} <= set(three['metrics'])
+    assert three['name'].endswith('preference_DPO_LoRa8_NoQuant')
+    assert {'train/val_kl', 'train/val_margin', 'train/val_accuracy', 'preference/accuracy'} <= set(three['metrics'])
     steps = next((d/'results').glob(f'*/*{three["id"]}/steps.jsonl')).read_text().splitlines()
     assert abs(json.loads(steps[0])['loss']-0.6931472)<1e-5 and 'accuracy' in json.loads(steps[0])
     assert '### Response' in next((d/'outputs').glob(f'*{two["id"]}/last/chat_template.jinja')).read_text()
-    before = runs(d); assert len(before)==3
-    other, _ = ok('dpo', '--base', two['id'], '--task', 'nano_preference', '--items', 20, 'task_args.n=40',
-                  '--beta', .3, where=d)
+    before = runs(d)
+    other, _ = ok('dpo', '--base', two['id'], '--data', 'pairs.jsonl', '--items', 10, '--beta', .3, where=d, here=d)
     assert three['id']!=other['id'] and {k: v for k,v in runs(d).items() if k in before}==before and len(runs(d))==4
-    said = ' '.join(r.stdout+r.stderr for r in (r1, r2, r3))
-    files = [f for f in d.rglob('*') if f.is_file()]
-    assert len(files)>20 and CANARY not in said and not any(CANARY.encode() in f.read_bytes() for f in files)
+    text = ' '.join(r.stdout+r.stderr for r in said.values()); files = [f for f in d.rglob('*') if f.is_file()]
+    assert len(files)>20 and CANARY not in text and not any(CANARY.encode() in f.read_bytes() for f in files)
+
+def test_a_run_is_a_model(texts, monkeypatch, capsys):
+    "By its folder, from here or absolute, by its name and by the beginning of its id; in this process"
+    from flow2lab.cli import main
+    d = texts; monkeypatch.chdir(d)
+    for k in ('RESULTS', 'OUTPUTS'): monkeypatch.setenv(f'FLOW2LAB_{k}', str(d/k.lower()))
+    pairs = sorted((d/'results/scratch').glob('*preference_DPO*')); run = pairs[0]; id = run.name[-16:]
+    def works(*args):
+        rc = main(map(str, args)); out, err = capsys.readouterr()
+        assert rc==0, err
+        return out
+    assert 'instruct/f1' in works('eval', run, '--tasks', 'instruct', '--data', 'instructions.jsonl', '--limit', 3)
+    assert 'bench/load' in works('bench', os.path.relpath(run), '--prompt', 8, '--new-tokens', 2, '--repeats', 1)
+    assert 'relative error' in works('merge', id[:5], '--out', 'again')
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Add 3 and 1.\n'))
+    works('chat', run.name, '--max-tokens', 4)
+    assert 'trainable' in works('estimate', f'base={id}', 'task=nano_talk')
 
 def test_two_processes_are_one(made, tmp_path):
     one, _ = ok(*pretrain(made), where=made)
