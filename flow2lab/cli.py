@@ -17,7 +17,7 @@ from fastcore.script import anno_parser
 from .core import (Axis, Spec, UserError, base_of, kept_files, nearest, relative, results_path, setting,
                            to_json)
 
-# %% ../nbs/90_cli.ipynb #16ce4d27
+# %% ../nbs/90_cli.ipynb #38b32a76
 def parse_value(s):
     "JSON if it is JSON, else the text itself"
     try: return json.loads(s)
@@ -44,7 +44,10 @@ def parse_fields(pairs):
         for x in path:
             at = at.setdefault(x, {})
             if not isinstance(at, dict): raise UserError(f'"{p}": {x} already has a plain value.')
-        at[last] = parse_items(v) if k=='eval' and not v.startswith('{') else parse_value(v)
+        # an id such as 449126 or 12e45678 is no number
+        text = last in ('path', 'tokenizer', 'revision') or isinstance(getattr(Spec, k, None), str)
+        at[last] = (v if text and not v.startswith(('{', '[', '"')) else
+                    parse_items(v) if k=='eval' and not v.startswith('{') else parse_value(v))
     if isinstance(d.get('base'), str): d['base'] = base_of(d['base'])
     return kept_files(d)
 
