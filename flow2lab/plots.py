@@ -386,11 +386,11 @@ def save_figure(fig, stem, dpi=150):
     png = io.BytesIO(); fig.savefig(png, format='png', dpi=dpi, metadata={'Software': None})
     return [atomic_write(Path(f'{stem}.svg'), _svg(fig)), atomic_write(Path(f'{stem}.png'), png.getvalue())]
 
-# %% ../nbs/62_plots.ipynb #80a0ce62
+# %% ../nbs/62_plots.ipynb #71fadeb5
 _page = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
-body{{font:16px/1.55 system-ui,"Segoe UI",sans-serif;color:#222;max-width:900px;margin:2rem auto;padding:0 1rem}}
+body{{font:16px/1.55 system-ui,"Segoe UI",sans-serif;color:#222;max-width:1080px;margin:2rem auto;padding:0 1rem}}
 h1{{font-size:1.7rem}} h2{{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}}
 dl{{font-size:.85rem;color:#555}} dt{{font-weight:600;float:left;margin-right:.5em}} dd{{margin:0 0 .15rem}}
 svg{{max-width:100%;height:auto}} figure{{margin:1.4rem 0}} .table{{overflow-x:auto}} nav a{{margin-right:1rem}}
