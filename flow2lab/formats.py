@@ -618,7 +618,7 @@ class Report:
     def ok(self): return not self.message
     def to_dict(self): return dict(vars(self), ok=self.ok)
 
-# %% ../nbs/10_formats.ipynb #dce277db
+# %% ../nbs/10_formats.ipynb #d98d454e
 def _lengths(sizes):
     "min, median, p95, max and total of an array"
     import numpy as np
@@ -639,12 +639,6 @@ def check(path,        # As for `read_rows`
           shape=None,  # Name of the shape, if it should not be detected
           keep=20):    # Broken and repeated rows to list, of each
     "Read a file once and report on its rows; raises only if it is no data file at all"
-    try: return _look(path, shape, keep)
-    except UserError as e: raise UserError(_unwritten(e)) from None
-
-def _unwritten(e): "What `e` says, where nothing was to be written"; return str(e).replace('Nothing written. ', '')
-
-def _look(path, shape, keep):
     p = data_file(path)
     out = Report(relative(p), container(p), p.stat().st_size)
     hashes, lines, sizes = array('Q'), array('Q'), array('Q')
@@ -671,7 +665,8 @@ def _notes(p, out):
 def _verdict(p, out):
     "What `read_rows` would say, where nothing was to be written"
     if out.rows and not out.bad: return ''
-    return _unwritten(_complaint(p, out.rows, out.bad, *out.bad_rows[0].values()) if out.rows else _empty(p))
+    return str(_complaint(p, out.rows, out.bad, *out.bad_rows[0].values()) if out.rows else
+               _empty(p)).replace('Nothing written. ', '')
 
 # %% ../nbs/10_formats.ipynb #6dbbaffb
 def _n(k, what): return f'{k:,} {what}{"" if k==1 else "s"}'

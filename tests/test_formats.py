@@ -100,7 +100,7 @@ def test_the_message_of_the_readme(tmp_path):
     p = put(tmp_path, 'train.jsonl', '{"text": "one"}\n{"a": 12\n{"text": "three"}\n')
     want = ('train.jsonl:2: invalid JSON at column 9 (missing "}"). 1 of 3 rows bad. Nothing written. '
             'Fix it, or use --skip-bad.')
-    assert complaint(read_rows, p) == want and check(p).message == want.replace('Nothing written. ', '')
+    assert complaint(read_rows, p) == check(p).message == want
 
 def test_skip_bad_says_so(tmp_path, capsys):
     p = put(tmp_path, 'a.jsonl', '{"text": "one"}\n{"text": ""}\n')
@@ -146,7 +146,6 @@ def test_bad_file(tmp_path, name, content, want):
     p = put(tmp_path, name, content)
     said = complaint(read_rows, p)
     assert want in said and said.startswith(name) and 'Nothing written.' in said
-    said = said.replace('Nothing written. ', '')                            # where nothing was to be
     try: assert check(p).message == said
     except UserError as e: assert str(e) == said
 
@@ -240,9 +239,7 @@ def test_broken_row_writes_nothing(tmp_path):
 def test_inventory(tmp_path, monkeypatch):
     for k,d in dict(DATA='data', RESULTS='results', OUTPUTS='outputs').items():
         monkeypatch.setenv('FLOW2LAB_'+k, str(tmp_path/d))
-    with pytest.raises(UserError, match='data: no such folder'): inventory()
-    (tmp_path/'data').mkdir()
-    assert inventory()['datasets']['count'] == 0                            # and no other folders yet
+    assert inventory()['datasets']['count'] == 0                            # no folders yet
     write_rows([dict(text='a'), dict(text='b')], tmp_path/'data'/'a.jsonl')
     (tmp_path/'data'/'README.md').write_text('not data')
     run, adapter = tmp_path/'results'/'methods'/'one--0', tmp_path/'outputs'/'quotes_lora_adapter'
