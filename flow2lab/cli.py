@@ -64,7 +64,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #a64d5ebf
+# %% ../nbs/90_cli.ipynb #e0c8513b
 command = Axis('command')
 
 @command
@@ -76,12 +76,12 @@ def run(*spec:str,             # Fields as key=value, e.g. method=lora train.lr=
 
 def recorded(s, study, force=False):
     "Run Spec `s`, and what it starts from, unless there is a record; the record"
+    from flow2lab.stats import metrics_text
     from flow2lab.sweep import sweep
     r = sweep([s], study, force=force)[0]
     if r.status not in ('ok', 'nan', 'oom'): raise UserError(f'{s.name}: {r.status}. {r.message}')
     m = json.loads((Path(r.folder)/'metrics.json').read_text())
-    return Result(m, '\n'.join([f'{m["name"]}  {m["status"]}  {relative(r.folder)}'] +
-                               [f'  {k:32} {v["value"]:>14,.4g} {v["unit"]}' for k,v in m['metrics'].items()]))
+    return Result(m, f'{m["name"]}  {m["status"]}  {relative(r.folder)}\n{metrics_text(m["metrics"])}')
 
 @command
 def study(name:str,               # A notebook in nbs/studies
@@ -139,11 +139,10 @@ def bench(model:str,             # Shipped name, folder, run, GGUF file or hub i
     "Measure size, load time, prefill and decode speed, and peak memory"
     from flow2lab.bench import bench
     from flow2lab.quantize import model_folder
+    from flow2lab.stats import metrics_text
     check_spec(Spec(base=str(model_folder(model) or model)))
     m = bench(model, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
-    return Result(dict(model=model, metrics=m),
-                  '\n'.join(f'{k:28} {v["value"]:>16,.6g} {v["unit"]}'
-                            for k,v in m.items()))
+    return Result(dict(model=model, metrics=m), metrics_text(m))
 
 @command
 def chat(model:str,              # Shipped name, folder (full, quantized, adapter), run, GGUF file or hub id
