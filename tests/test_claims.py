@@ -30,7 +30,8 @@ def test_readme_speeds_are_the_reference_records():
         assert abs(better/r['ratio']-1)<.05, r           # some sides were kept with two digits
         assert r['hardware'] and r['versions'] and r['peer_name'], r['work']
 
-@pytest.mark.parametrize('study', ['methods', 'architectures', 'architectures-small', 'from_scratch'])
+@pytest.mark.parametrize('study', ['methods', 'architectures', 'architectures-small', 'from_scratch',
+                                   'from_scratch-small'])
 def test_readme_findings_are_the_records(study):
     from flow2lab.study import finding_line
     text = (ROOT/'README.md').read_text()
