@@ -618,7 +618,7 @@ class Report:
     def ok(self): return not self.message
     def to_dict(self): return dict(vars(self), ok=self.ok)
 
-# %% ../nbs/10_formats.ipynb #d98d454e
+# %% ../nbs/10_formats.ipynb #a4c196f7
 def _lengths(sizes):
     "min, median, p95, max and total of an array"
     import numpy as np
@@ -666,7 +666,7 @@ def _verdict(p, out):
     "What `read_rows` would say, where nothing was to be written"
     if out.rows and not out.bad: return ''
     return str(_complaint(p, out.rows, out.bad, *out.bad_rows[0].values()) if out.rows else
-               _empty(p)).replace('Nothing written. ', '')
+               _empty(p))
 
 # %% ../nbs/10_formats.ipynb #6dbbaffb
 def _n(k, what): return f'{k:,} {what}{"" if k==1 else "s"}'

@@ -239,7 +239,9 @@ def test_broken_row_writes_nothing(tmp_path):
 def test_inventory(tmp_path, monkeypatch):
     for k,d in dict(DATA='data', RESULTS='results', OUTPUTS='outputs').items():
         monkeypatch.setenv('FLOW2LAB_'+k, str(tmp_path/d))
-    assert inventory()['datasets']['count'] == 0                            # no folders yet
+    with pytest.raises(UserError, match='data: no such folder'): inventory()
+    (tmp_path/'data').mkdir()
+    assert inventory()['datasets']['count'] == 0                            # and no other folders yet
     write_rows([dict(text='a'), dict(text='b')], tmp_path/'data'/'a.jsonl')
     (tmp_path/'data'/'README.md').write_text('not data')
     run, adapter = tmp_path/'results'/'methods'/'one--0', tmp_path/'outputs'/'quotes_lora_adapter'
