@@ -14,12 +14,18 @@ MAIN = ('import signal, sys; signal.signal(signal.SIGINT, signal.default_int_han
 class Serving:
     "`flow2lab serve` on a free port, its output in files"
     def __init__(self, folder, model, *args, token='', **env):
-        self.out, self.err, self.token, folder = folder/'out.txt', folder/'err.txt', token, Path(folder)
-        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_TOKEN': HF,
-               **({'FLOW2LAB_TOKEN': token} if token else {}), **env}
+        self.out, self.err, self.token = folder/'out.txt', folder/'err.txt', token
+        self.env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_TOKEN': HF,
+                    **({'FLOW2LAB_TOKEN': token} if token else {}), **env}
+        self.command = [sys.executable, '-c', MAIN, 'serve', str(model), '--port', '0', *map(str, args)]
+        self.start()
+    def start(self):
         with open(self.out, 'wb') as o, open(self.err, 'wb') as e:
-            self.p = subprocess.Popen([sys.executable, '-c', MAIN, 'serve', str(model), '--port', '0',
-                                       *map(str, args)], cwd=ROOT, stdout=o, stderr=e, env=env)
+            self.p = subprocess.Popen(self.command, cwd=ROOT, stdout=o, stderr=e, env=self.env)
+        return self
+    def running(self):
+        "Itself, started again if a test has stopped it: tests come in any order"
+        return self if self.p.poll() is None else self.start().ready()
     def ready(self):
         end = time.time()+120
         while ' on http://' not in self.out.read_text():
@@ -64,9 +70,9 @@ def both(tmp_path_factory):
             if s.p.poll() is None: s.p.kill(); s.p.wait()
 
 @pytest.fixture
-def nano(both): return both[0]
+def nano(both): return both[0].running()
 @pytest.fixture
-def door(both): return both[1]
+def door(both): return both[1].running()
 ENDLESS = dict(model='endless', prompt=SECRET, max_tokens=15000, temperature=0)
 
 def chat(q): return dict(model='nano', temperature=0, messages=[dict(role='user', content=q)])
