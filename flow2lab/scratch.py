@@ -51,7 +51,7 @@ def dial(size='tiny',    # nano, tiny, small, base, d1 to d99, or a preset such 
                     steps=-(-tokens//batch),
                     flops=3*flops_per_token(c, context).total*tokens)
 
-# %% ../nbs/77_scratch.ipynb #87b87834
+# %% ../nbs/77_scratch.ipynb #9ce1a28c
 def pretrain_spec(pack,               # Folder that `pack_corpus` made
                   tokenizer,          # Folder of its tokenizer
                   size='tiny',        # As for `dial`
@@ -64,6 +64,10 @@ def pretrain_spec(pack,               # Folder that `pack_corpus` made
     from flow2lab.tokenize import load_pack
     tok = load_tokenizer(tokenizer); p = load_pack(pack, tok)
     d = dial(size, ratio, tokens, len(tok), p.seq_len)
+    most = getattr(sized(d.base, len(tok)).config, 'max_position_embeddings', p.seq_len)     # a Mamba has no limit
+    if p.seq_len>most:
+        raise UserError(f'{pack}: sequences of {p.seq_len} tokens, and {size} takes {most}. '
+                        f'Pack again with --seq-len {most}, or take a larger size.')
     t = dict(loss_on='all', tokens=d.tokens, lr=d.lr, batch_tokens=d.batch_tokens,
              seq_len=p.seq_len,
              schedule=schedule, warmup=.02,
