@@ -6,13 +6,13 @@ Docs: https://flow2lab.github.io/flow2lab/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['Score', 'Generation', 'ENDS', 'ASK', 'ITEMS', 'encode', 'prompt_ids', 'pair_ids', 'Tree', 'hf', 'max_length',
-           'end_ids', 'sliding_window', 'only_at', 'fast_fp32', 'new_cache', 'fork', 'keep', 'join', 'common', 'lay',
-           'same_length', 'window_pairs', 'text_nll', 'perplexity', 'ask_choice', 'ask_generate', 'ask_loglikelihood',
-           'Meter', 'evaluate_task', 'task_metrics', 'Evaluation', 'load_backend', 'backend_for', 'evaluate',
-           'memory_metrics', 'nll_by_position']
+           'end_ids', 'sliding_window', 'only_at', 'new_cache', 'fork', 'keep', 'join', 'common', 'lay', 'same_length',
+           'window_pairs', 'text_nll', 'perplexity', 'ask_choice', 'ask_generate', 'ask_loglikelihood', 'Meter',
+           'evaluate_task', 'task_metrics', 'Evaluation', 'load_backend', 'backend_for', 'evaluate', 'memory_metrics',
+           'nll_by_position']
 
-# %% ../nbs/50_evaluate.ipynb #f6f1d5d9
-import contextlib, functools, math, platform, time
+# %% ../nbs/50_evaluate.ipynb #71f207b0
+import contextlib, functools, math, time
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from .core import UserError, backend, task, to_json
 from .models import PeakMemory, kv_bytes_per_token, load_model
 from .scan import fast_scan
 from .tasks import prompt_hash, windows
-from .train import eval_mode, prompt_text
+from .train import eval_mode, fast_fp32, prompt_text
 
 # %% ../nbs/50_evaluate.ipynb #a5f6f130
 Score = namedtuple('Score', 'logprob tokens greedy truncated')
@@ -155,30 +155,6 @@ def logits(self:hf, rows, cols, **kw):
     head = self.model.get_output_embeddings()
     if head is None: return self.model(**kw).logits[rows, cols]
     with only_at(head, rows, cols): return self.model(**kw).logits[0]
-
-# %% ../nbs/50_evaluate.ipynb #669e1ba3
-@functools.lru_cache
-def _mkl_is_slow():
-    import torch
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()): return False
-    with contextlib.suppress(OSError): return 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
-    return 'AMD' in platform.processor()
-
-@contextlib.contextmanager
-def fast_fp32(model, on=None):
-    "In a `with` block, linear layers of an fp32 model on an AMD processor run through oneDNN " \
-    "where no gradient is wanted"
-    import torch
-    F, op, linear, on = (torch.nn.functional, torch.ops.mkldnn._linear_pointwise, torch.nn.functional.linear,
-                         _mkl_is_slow() if on is None else on)
-    def fits(x, w):
-        return (type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
-                and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1]
-                and x.is_cpu and w.is_contiguous() and not torch.is_grad_enabled())
-    def faster(x, w, b=None): return op(x.contiguous(), w, b, 'none', [], '') if fits(x, w) else linear(x, w, b)
-    if on and model.device.type=='cpu' and model.dtype==torch.float32: F.linear = faster
-    try: yield
-    finally: F.linear = linear
 
 # %% ../nbs/50_evaluate.ipynb #f547ffb7
 @functools.lru_cache

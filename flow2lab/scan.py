@@ -88,7 +88,7 @@ def _backward(x, dt, A, B, C, h0, reset, gy, gh):
         gA += (s*dt[:,:,i,:,None]).sum((0, 1))
     return *(t.flatten(1, 2)[:,:l] for t in (gx, gdt)), gA, *(t.flatten(1, 2)[:,:l] for t in (gB, gC)), gh
 
-# %% ../nbs/21_scan.ipynb #c74a33a9
+# %% ../nbs/21_scan.ipynb #690e0450
 class TorchScan:
     "The scan in PyTorch, for any device, dtype and state size"
     name = 'torch'
@@ -137,17 +137,17 @@ def selective_scan(x,            # (b, l, d) input
     x, dt, A, B, C = (t.to(T).contiguous() for t in (x, dt, A, B, C))
     h0 = x.new_zeros(*x.shape[::2], A.shape[1]) if h0 is None else h0.to(x).contiguous()
     if not x.shape[1]: return x.clone(), h0
-    return _Scan.apply(kernel or best_kernel(x, A), x, dt, A, B, C, h0, reset)
+    return _Scan.apply(kernel or best_kernel(x, A.shape[1]), x, dt, A, B, C, h0, reset)
 
-# %% ../nbs/21_scan.ipynb #bb8f2a96
-def best_kernel(x, A):
-    "The fastest kernel that takes these tensors; the provenance says which"
+# %% ../nbs/21_scan.ipynb #8c73b7ef
+def best_kernel(x, n=0):
+    "The fastest kernel that takes this input and state size; the provenance says which"
     k, why_not = compiled() if x.device.type=='cpu' else (None, '')
-    if not k or not k.takes(x, A): k = TorchScan()
+    if not k or not k.takes(x, n): k = TorchScan()
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #cf7c43ea
+# %% ../nbs/21_scan.ipynb #8f7ba8f0
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -172,9 +172,11 @@ static inline D vexp(D x) { D r; for (int i = 0; i < 8; i++) r[i] = std::exp(x[i
 
 #define USE typedef typename Vec<T>::V V; const int64_t W = 64/sizeof(T); (void)W
 template<class T> static inline typename Vec<T>::V load(const T* p, int64_t w) {
-    USE; V v = {}; std::memcpy(&v, p, (w < W ? w : W)*sizeof(T)); return v;
+    USE; V v = {}; if (w >= W) std::memcpy(&v, p, 64); else std::memcpy(&v, p, w*sizeof(T)); return v;
 }
-template<class T> static inline void store(T* p, typename Vec<T>::V v, int64_t w) { USE; std::memcpy(p, &v, (w < W ? w : W)*sizeof(T)); }
+template<class T> static inline void store(T* p, typename Vec<T>::V v, int64_t w) {
+    USE; if (w >= W) std::memcpy(p, &v, 64); else std::memcpy(p, &v, w*sizeof(T));
+}
 const int64_t N = 256;                                                   // largest state size
 
 // Channels c0 to c1 of one sequence. x, dt, y (l, d); A, h0, hl (n, d); B, C (l, n); hs (chunks, n, d): the state before each chunk of K tokens
@@ -238,10 +240,109 @@ extern "C" void fwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
 extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T* C, const uint8_t* reset, const T* hs, const T* gy, T* gh, \
     T* gx, T* gdt, T* gA, T* gB, T* gC, T* work, int64_t l, int64_t d, int64_t n, int64_t K, int64_t c0, int64_t c1) \
     { bwd<T>(x, dt, A, B, C, reset, hs, gy, gh, gx, gdt, gA, gB, gC, work, l, d, n, K, c0, c1); }
+
+#define EACH for (int64_t i = 0; i < R; i++) for (int k = 0; k < M; k++)
+// Mamba-2 with channels in the lanes. Forwards S_t = a_t S_{t-1} + r_t v_t', o_t = S_t' w_t; `keep` (chunks, R, n) takes the states before
+// each chunk of K tokens. Back, from the last token, S_t = a_{t+1} S_{t+1} + r_t v_t', leaving a_0 S_0. r, w (l, R); v, o, a (l, n); S (R, n)
+template<class T> struct Channels { const T *r, *v, *w, *a; T *S, *o, *keep; int64_t rs, vs, ws, as, Ss, os, ks, l, R, n, K, back; };
+template<class T, int M, bool back> static void channels(const Channels<T>& f, int64_t c, typename Vec<T>::V* s) {
+    USE; const int64_t R = f.R, n = f.n; int64_t m[M];
+    for (int k = 0; k < M; k++) m[k] = n - c - k*W < 0 ? 0 : n - c - k*W;
+    EACH s[i*M + k] = load(f.S + i*f.Ss + c + k*W, m[k]);
+    for (int64_t j = 0; j < f.l; j++) {
+        const int64_t t = back ? f.l - 1 - j : j;
+        if (!back && t % f.K == 0) { T* h = f.keep + t/f.K*R*f.ks + c; EACH store(h + i*f.ks + k*W, s[i*M + k], m[k]); }
+        const T *r = f.r + t*f.rs, *w = f.w + t*f.ws; V a[M], v[M], o[M] = {};
+        for (int k = 0; k < M; k++) { a[k] = load(f.a + t*f.as + c + k*W, m[k]); v[k] = load(f.v + t*f.vs + c + k*W, m[k]); }
+        if (back) EACH { V g = s[i*M + k] + r[i]*v[k]; o[k] += w[i]*g; s[i*M + k] = a[k]*g; }
+        else      EACH { V h = a[k]*s[i*M + k] + r[i]*v[k]; o[k] += w[i]*h; s[i*M + k] = h; }
+        for (int k = 0; k < M; k++) store(f.o + t*f.os + c + k*W, o[k], m[k]);
+    }
+    EACH store(f.S + i*f.Ss + c + k*W, s[i*M + k], m[k]);
+}
+// One head with the states in the lanes: the gradients of B and C (l, n), added to, and of the log decays e (l), the product of both
+// states at each token. From keep (chunks, n, R) its states are walked again, chunk by chunk from the last. u, g (l, R): input, gradient of
+// the output; a (l); G (R, n): gradient of the last state
+template<class T> struct Head { const T *u, *B, *C, *g, *a, *keep, *G; T *gB, *gC, *e; int64_t us, Bs, Cs, gs, as, ks, Gs, gBs, gCs, es, l, R, n, K; };
+template<class T, int M> static void head(const Head<T>& f, int64_t c, typename Vec<T>::V* G) {
+    USE; const int64_t R = f.R; int64_t m[M]; V* h = G + R*M;            // gradients at hand, states before each token of a chunk
+    for (int k = 0; k < M; k++) m[k] = f.n - c - k*W < 0 ? 0 : f.n - c - k*W;
+    EACH G[i*M + k] = load(f.G + i*f.Gs + c + k*W, m[k]);
+    for (int64_t j = (f.l - 1)/f.K; j >= 0; j--) {
+        const int64_t t0 = j*f.K, t1 = t0 + f.K < f.l ? t0 + f.K : f.l;
+        for (int64_t q = 0; q < M*W; q++) {
+            const T* s = f.keep + (j*f.n + c + q)*f.ks;
+            for (int64_t i = 0; i < R; i++) h[i*M + q/W][q%W] = c + q < f.n ? s[i] : 0;
+        }
+        for (int64_t t = t0; t < t1; t++) {
+            const T a = f.a[t*f.as], *u = f.u + t*f.us, *g = f.g + t*f.gs; T* gC = f.gC + t*f.gCs + c; V b[M], o[M], *s = h + (t - t0)*R*M, *y = s + R*M;
+            for (int k = 0; k < M; k++) { b[k] = load(f.B + t*f.Bs + c + k*W, m[k]); o[k] = load(gC + k*W, m[k]); }
+            EACH { V x = a*s[i*M + k] + u[i]*b[k]; o[k] += g[i]*x; y[i*M + k] = x; }
+            for (int k = 0; k < M; k++) store(gC + k*W, o[k], m[k]);
+        }
+        for (int64_t t = t1 - 1; t >= t0; t--) {
+            const T a = f.a[t*f.as], *u = f.u + t*f.us, *g = f.g + t*f.gs; T* gB = f.gB + t*f.gBs + c; V r[M], o[M], e[M] = {}; const V* s = h + (t - t0)*R*M;
+            for (int k = 0; k < M; k++) { r[k] = load(f.C + t*f.Cs + c + k*W, m[k]); o[k] = load(gB + k*W, m[k]); }
+            EACH { V q = G[i*M + k] + g[i]*r[k]; o[k] += u[i]*q; e[k] += s[i*M + k]*q; G[i*M + k] = a*q; }
+            for (int k = 0; k < M; k++) { store(gB + k*W, o[k], m[k]); if (k) e[0] += e[k]; }
+            T sum[W]; std::memcpy(sum, e, 64);
+            for (int64_t h = W/2; h; h /= 2) for (int64_t i = 0; i < h; i++) sum[i] += sum[i + h];
+            f.e[t*f.es] += a*sum[0];
+        }
+    }
+}
+template<class T, int M> static void part(const Channels<T>& f, int64_t c, typename Vec<T>::V* s) {
+    f.back ? channels<T, M, true>(f, c, s) : channels<T, M, false>(f, c, s);
+}
+template<class T, int M> static void part(const Head<T>& f, int64_t c, typename Vec<T>::V* s) { head<T, M>(f, c, s); }
+template<class T, class F> static void parts(const F& f, T* work) {
+    USE; V* s = (V*)work;
+    for (int64_t c = 0, n; (n = f.n - c) > 0; c += 4*W)
+        n > 3*W ? part<T, 4>(f, c, s) : n > 2*W ? part<T, 3>(f, c, s) : n > W ? part<T, 2>(f, c, s) : part<T, 1>(f, c, s);
+}
+#define WALKS(T, S) extern "C" void channels_##S(const Channels<T>* f, T* work) { parts(*f, work); } \
+    extern "C" void head_##S(const Head<T>* f, T* work) { parts(*f, work); }
+WALKS(float, f32) WALKS(double, f64)
+
 EXPORT(float, f32) EXPORT(double, f64)
+
+// The convolution of channels c0 to c1 over a token and those before it in its document: age (l) of them at most, or null. y = z or silu(z),
+// z_t = bias + sum_j w_{k-1-j} x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (k, d), bias, gb (d)
+template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb; const int64_t* age; int64_t xs, l, d, k, silu, c0, c1; };
+template<class T> static inline int64_t taps(const Conv<T>& f, int64_t t) {
+    const int64_t n = f.age && f.age[t] < t ? f.age[t] : t; return (n < f.k - 1 ? n : f.k - 1) + 1;
+}
+template<class T> static inline typename Vec<T>::V tap_sum(const Conv<T>& f, int64_t t, int64_t n, int64_t c, int64_t m) {
+    USE; V z = f.bias ? load(f.bias + c, m) : V{};
+    for (int64_t j = 0; j < n; j++) z += load(f.w + (f.k-1-j)*f.d + c, m)*load(f.x + (t-j)*f.xs + c, m);
+    return z;
+}
+template<class T> static inline typename Vec<T>::V sigmoid(typename Vec<T>::V z) {
+    USE; const V e = vexp(z < 0 ? z : -z); return (z < 0 ? e : V{} + 1)/(1 + e);
+}
+template<class T> static void conv(const Conv<T>& f) {
+    USE;
+    for (int64_t t = 0; t < f.l; t++) for (int64_t c = f.c0, n = taps(f, t); c < f.c1; c += W) {
+        const V z = tap_sum(f, t, n, c, f.c1 - c); store(f.y + t*f.d + c, f.silu ? z*sigmoid<T>(z) : z, f.c1 - c);
+    }
+}
+template<class T> static void conv_back(const Conv<T>& f) {
+    USE; const auto add = [](T* p, V v, int64_t m) { store(p, load(p, m) + v, m); };
+    for (int64_t t = 0; t < f.l; t++) for (int64_t c = f.c0, n = taps(f, t); c < f.c1; c += W) {
+        const int64_t m = f.c1 - c; V g = load(f.g + t*f.d + c, m);
+        if (f.silu) { const V z = tap_sum(f, t, n, c, m), s = sigmoid<T>(z); g *= s*(1 + z*(1 - s)); }
+        add(f.gb + c, g, m);
+        for (int64_t j = 0; j < n; j++) {
+            const int64_t w = (f.k-1-j)*f.d + c;
+            add(f.gx + (t-j)*f.d + c, g*load(f.w + w, m), m); add(f.gw + w, g*load(f.x + (t-j)*f.xs + c, m), m);
+        }
+    }
+}
+#define CONV(T, S) extern "C" void conv_##S(const Conv<T>* f) { conv(*f); } extern "C" void conv_back_##S(const Conv<T>* f) { conv_back(*f); }
+CONV(float, f32) CONV(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #d3095d0c
+# %% ../nbs/21_scan.ipynb #499c6ab2
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -275,16 +376,16 @@ class CppScan:
     name = 'c++'
     K = 64                                            # tokens between kept states
     def __init__(self, lib): self.lib, self.pool = ctypes.CDLL(str(lib)), None
-    def takes(self, x, A): return x.device.type=='cpu' and A.shape[1]<=256
+    def takes(self, x, n): return x.device.type=='cpu' and n<=256
     def run(self, f, jobs):
         "`f(job)` for all jobs on as many threads as torch may use (a C call lets other threads run)"
         n = torch.get_num_threads()
         if n==1 or len(jobs)==1: return [f(j) for j in jobs]
         if self.pool is None or self.pool[0]!=(os.getpid(), n): self.pool = (os.getpid(), n), ThreadPoolExecutor(n)
         return list(self.pool[1].map(f, jobs))
-    def jobs(self, b, d):
+    def jobs(self, b, d, unit=16):
         "(sequence, first channel, last channel, part), whole vectors of 16 channels to a part"
-        parts = max(1, min(-(-torch.get_num_threads()//b), -(-d//16))); step = -(-d//parts//16)*16
+        parts = max(1, min(-(-torch.get_num_threads()//b), -(-d//unit))); step = -(-d//parts//unit)*unit
         return [(i, c, min(c+step, d), p) for i in range(b) for p,c in enumerate(range(0, d, step))]
     def call(self, name, x, *a): getattr(self.lib, f'{name}_f{64 if x.dtype==torch.float64 else 32}')(*a)
     def forward(self, x, dt, A, B, C, h0, reset):
@@ -317,15 +418,31 @@ class CppScan:
                       *map(ctypes.c_int64, (l, d, n, K, c0, c1)))
         self.run(f, jobs)
         return gx, gdt, gA.sum(0).t(), gB.sum(0), gC.sum(0), gh.transpose(1, 2)
+    def walk(self, name, vectors, tensors, *ints):
+        "Mamba-2's `channels` or `head` of the source: views of one sequence, their rows' strides and some numbers " \
+        "in one struct, and a work space of so many vectors"
+        fields, x = [*(t.data_ptr() for t in tensors), *(t.stride(-2) for t in tensors), *ints], tensors[0]
+        work = x.new_empty(vectors*64//x.element_size())
+        self.call(name, x, (ctypes.c_int64*len(fields))(*fields), _ptr(work))
+
+    def conv(self, name, x, w, bias, age, silu, g=None, y=None, gx=None, gw=None, gb=None):
+        (b, l, d), k = x.shape, len(w)
+        def f(job):
+            i, c0, c1, _ = job; at = lambda t: 0 if t is None else t[i].data_ptr()
+            fields = (at(x), w.data_ptr(), 0 if bias is None else bias.data_ptr(), *map(at, (g, y, gx, gw, gb, age)),
+                      x.stride(1), l, d, k, silu, c0, c1)
+            self.call(name, x, (ctypes.c_int64*len(fields))(*fields))
+        self.run(f, self.jobs(b, d))
 
 @lru_cache
 def compiled():
     "(the compiled kernel, '') or (None, why it cannot be built); `FLOW2LAB_SCAN=torch` switches it off"
     if os.environ.get('FLOW2LAB_SCAN')=='torch': return None, 'switched off by FLOW2LAB_SCAN=torch'
     try: return CppScan(build(_cpp)), ''
-    except (OSError, subprocess.SubprocessError, AttributeError) as e: return None, str(e).splitlines()[0][:200]
+    except (OSError, subprocess.SubprocessError, AttributeError) as e:
+        return None, ((getattr(e, 'stderr', None) or '') + str(e)).splitlines()[0][:200]
 
-# %% ../nbs/21_scan.ipynb #f3d93d5f
+# %% ../nbs/21_scan.ipynb #2379ac07
 class _Decays(torch.autograd.Function):
     "Log decays a (..., q) → L (..., q, q), L_ij = exp(a_{j+1} + ... + a_i) where `mask` allows, else 0"
     @staticmethod
@@ -358,21 +475,9 @@ class _Carry(torch.autograd.Function):
         for c in reversed(range(p.shape[1])): g[:,c].addcmul_(p[:,c], g[:,c+1])
         return (g[:,1:]*H[:,:-1]).flatten(3).sum(-1), g[:,1:], g[:,0]
 
-def ssd(x,            # (b, l, h, p) input
-        dt,           # (b, l, h) step sizes, positive
-        A,            # (h) decays, negative
-        B, C,         # (b, l, g, n), one for each group of heads
-        h0=None,      # (b, h, p, n) state to begin with
-        reset=None,   # (b, l) bool: forget the state before this token
-        chunk=64):    # Tokens to a chunk; the result does not depend on it
-    "Mamba-2's scan as matrix products (state space duality, arXiv:2405.21060, section 6) → y (b, l, h, p), " \
-    "last state (b, h, p, n)"
+def _products(x, dt, A, B, C, h0, reset, q):
+    "Mamba-2's scan in matrix products over chunks of q tokens"
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    T = torch.float64 if x.dtype==torch.float64 else torch.float32
-    x, dt, A, B, C = (t.to(T) for t in (x, dt, A, B, C))
-    h0 = x.new_zeros(b, h, p, n) if h0 is None else h0.to(x)
-    if not l: return x.clone(), h0
-    q = min(chunk, l)
     u, a, B, C = (_cut(t, q) for t in (x*dt[...,None], dt*A, B, C)); c = u.shape[1]
     a = a.transpose(2, 3).contiguous()                                            # (b, c, h, q)
     # log decay since the chunk's start, until its end
@@ -385,7 +490,7 @@ def ssd(x,            # (b, l, h, p) input
         doc = _cut(reset[...,None].long(), q)[...,0].cumsum(-1)[:,:,None]
         mask = mask & (doc[...,:,None]==doc[...,None,:])
         # still the chunk's first, already its last document
-        first, last = (doc==0).to(T), (doc==doc[...,-1:]).to(T)
+        first, last = (doc==0).to(x), (doc==doc[...,-1:]).to(x)
     L = _Decays.apply(a, mask)                                                    # (b, c, h, q, q)
     M = ((C@B.mT)[:,:,:,None]*L.unflatten(2, (g, -1))).flatten(2, 3)              # (b, c, h, q, q)
     u = u.transpose(2, 3)                                                         # (b, c, h, q, p)
@@ -397,7 +502,67 @@ def ssd(x,            # (b, l, h, p) input
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #caa730b8
+# %% ../nbs/21_scan.ipynb #5693983e
+class _Walks(torch.autograd.Function):
+    "Mamba-2 by the compiled kernel: inputs u (b, l, h, p), log decays a (b, l, h), B, C (b, l, g, n), h0 (b, h, p, n)"
+    @staticmethod
+    def forward(ctx, kernel, u, a, B, C, h0, reset):
+        (b, l, h, p), n = u.shape, B.shape[3]
+        u, B, C = (t.contiguous() for t in (u, B, C))
+        decay = a.exp() if reset is None else a.exp()*~reset[...,None]
+        keep = u.new_empty(b, -(-l//kernel.K), n, h*p)
+        y, last = _channels(kernel, B, u, C, decay, h0, keep)
+        ctx.kernel = kernel; ctx.save_for_backward(u, decay, B, C, keep)
+        return y, last
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy, glast):
+        u, decay, B, C, keep = ctx.saved_tensors; kernel = ctx.kernel
+        (b, l, h, p), (g, n), K = u.shape, B.shape[2:], kernel.K
+        gy, glast = gy.contiguous(), glast.contiguous()
+        gu, gh0 = _channels(kernel, C, gy, B, decay, glast, keep, back=True)
+        # B's and C's gradients are sums over a group's heads
+        jobs = kernel.jobs(b*g, h//g, 1); parts = max(j[3] for j in jobs)+1
+        (gB, gC), e = B.new_zeros(2, parts, *B.shape), torch.zeros_like(decay)
+        def f(job):
+            i, first, last, part = job; i, k = divmod(i, g)
+            for j in range(k*h//g+first, k*h//g+last):
+                kernel.walk('head', 4*p*(K+2), (u[i,:,j], B[i,:,k], C[i,:,k], gy[i,:,j], decay[i,:,j:j+1],
+                                                keep[i,:,:,j*p:j*p+p], glast[i,j],
+                                                gB[part,i,:,k], gC[part,i,:,k], e[i,:,j:j+1]), l, p, n, K)
+        kernel.run(f, jobs)
+        return None, gu, e, gB.sum(0), gC.sum(0), gh0, None
+
+def _channels(kernel, r, v, w, decay, h0, keep, back=False):
+    "Walk with the channels in the lanes → what is read (b, l, h, p), last state (b, h, p, n)"
+    (b, l, h, p), (g, n) = v.shape, r.shape[2:]; d = h//g*p
+    S, o = h0.flatten(1, 2).mT.clone(memory_format=torch.contiguous_format), torch.empty_like(v)   # S (b, n, h p)
+    v, out, decay = v.flatten(2), o.flatten(2), decay[...,None].expand_as(v).contiguous().flatten(2)
+    def f(job):
+        i, c0, c1, _ = job; i, k = divmod(i, g); c = slice(k*d+c0, k*d+c1)
+        kernel.walk('channels', 4*n, (r[i,:,k], v[i,:,c], w[i,:,k], decay[i,:,c], S[i,:,c], out[i,:,c], keep[i,:,:,c]),
+                    l, n, c1-c0, kernel.K, back)
+    kernel.run(f, kernel.jobs(b*g, d))
+    return o, S.mT.unflatten(1, (h, p)).contiguous()
+
+def ssd(x,            # (b, l, h, p) input
+        dt,           # (b, l, h) step sizes, positive
+        A,            # (h) decays, negative
+        B, C,         # (b, l, g, n), one for each group of heads
+        h0=None,      # (b, h, p, n) state to begin with
+        reset=None,   # (b, l) bool: forget the state before this token
+        chunk=None):  # Tokens to a chunk of the matrix products (64); the result does not depend on it
+    "Mamba-2's scan (state space duality, arXiv:2405.21060): on a CPU walked by the compiled kernel, " \
+    "elsewhere, or with `chunk`, as matrix products (section 6) → y (b, l, h, p), last state (b, h, p, n)"
+    T = torch.float64 if x.dtype==torch.float64 else torch.float32
+    x, dt, A, B, C = (t.to(T) for t in (x, dt, A, B, C))
+    h0 = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if h0 is None else h0.to(x)
+    if not x.shape[1]: return x.clone(), h0
+    kernel = None if chunk else best_kernel(x)
+    if isinstance(kernel, CppScan): return _Walks.apply(kernel, x*dt[...,None], dt*A, B, C, h0, reset)
+    return _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
+
+# %% ../nbs/21_scan.ipynb #4411ad5f
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -421,30 +586,52 @@ class _Conv(torch.autograd.Function):
             gx[:,:-j].addcmul_(gj, w[-1-j]); gw[-1-j] = (gj*x[:,:-j]).sum((0, 1))
         return gx, gw, None
 
-def causal_conv(x,            # (b, l, d)
-                w,            # (d, k)
-                bias=None,    # (d)
-                reset=None):  # (b, l) bool
-    "Each channel over its last k tokens, not beyond the last reset → (b, l, d)"
-    taps = None if reset is None else torch.stack([_age(reset)>=j for j in range(1, w.shape[1])]).to(x.dtype)[...,None]
-    y = _Conv.apply(x, w.t().to(x.dtype), taps)
-    return y if bias is None else y + bias.to(y.dtype)
+class _CppConv(torch.autograd.Function):
+    "The convolution and its activation by the compiled kernel: x (b, l, d), w (k, d), bias (d) or None"
+    @staticmethod
+    def forward(ctx, kernel, x, w, bias, age, silu):
+        x, w = x if x.stride(2)==1 else x.contiguous(), w.contiguous()
+        y = x.new_empty(x.shape)
+        kernel.conv('conv', x, w, bias, age, silu, y=y)
+        ctx.kernel, ctx.silu = kernel, silu; ctx.save_for_backward(x, w, bias, age)
+        return y
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w, bias, age = ctx.saved_tensors
+        gx, gw, gb = torch.zeros_like(g), w.new_zeros(len(x), *w.shape), w.new_zeros(len(x), w.shape[1])
+        ctx.kernel.conv('conv_back', x, w, bias, age, ctx.silu, g=g.contiguous(), gx=gx, gw=gw, gb=gb)
+        return None, gx, gw.sum(0), None if bias is None else gb.sum(0), None, None
 
-# %% ../nbs/21_scan.ipynb #241f8432
-def _docs(state, l):
-    "The resets of the running forward pass, if they are for sequences of this length"
-    return state.reset if state.reset is not None and state.reset.shape[1]==l else None
+def causal_conv(x,                # (b, l, d)
+                w,                # (d, k)
+                bias=None,        # (d)
+                reset=None,       # (b, l) bool
+                activation=None): # Of the result, by its name in transformers
+    "Each channel over its last k tokens, not beyond the last reset → (b, l, d)"
+    age, kernel, silu = None if reset is None else _age(reset), best_kernel(x), activation in ('silu', 'swish')
+    if isinstance(kernel, CppScan) and x.dtype==w.dtype in (torch.float32, torch.float64) and x.numel():
+        y = _CppConv.apply(kernel, x, w.t(), None if bias is None else bias.to(x.dtype), age, silu)
+        return y if silu else _act(y, activation)
+    taps = None if reset is None else torch.stack([age>=j for j in range(1, w.shape[1])]).to(x.dtype)[...,None]
+    y = _Conv.apply(x, w.t().to(x.dtype), taps)
+    return _act(y if bias is None else y + bias.to(y.dtype), activation)
 
 def _act(y, activation):
     from transformers.activations import ACT2FN
     return y if activation is None else ACT2FN[activation](y)
 
+# %% ../nbs/21_scan.ipynb #31b4d747
+def _docs(state, l):
+    "The resets of the running forward pass, if they are for sequences of this length"
+    return state.reset if state.reset is not None and state.reset.shape[1]==l else None
+
 def _replacements(state):
     "transformers' names → our functions with the same arguments"
     def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kw):
         y = causal_conv(hidden_states.transpose(1, 2).to(weight.dtype), weight, bias,
-                        _docs(state, hidden_states.shape[-1]))
-        return _act(y, activation).transpose(1, 2).to(hidden_states.dtype)
+                        _docs(state, hidden_states.shape[-1]), activation)
+        return y.transpose(1, 2).to(hidden_states.dtype)
     def mamba_selective_scan(hidden_states, dt, A, B, C, D=None, z=None,
                              delta_bias=None, delta_softplus=False, return_last_state=False,
                              **kw):

@@ -7,13 +7,13 @@ Docs: https://flow2lab.github.io/flow2lab/train.html.md"""
 # %% auto #0
 __all__ = ['SCHEDULES', 'TOLD', 'prompt_text', 'turn_text', 'encode_row', 'Samples', 'max_length', 'encode', 'Spooled', 'spool',
            'blocks', 'plan', 'pack', 'leak', 'layout', 'packed_attention', 'doc_attention', 'eval_mode', 'way_to_batch',
-           'pad_batch', 'label_loss', 'fast_norms', 'has_bf16', 'precision_of', 'sizes_of', 'StepData', 'NonFinite',
-           'Trainer', 'orthogonality', 'Curve', 'seal', 'sealed', 'file_hash', 'newest', 'writing', 'run_key', 'card',
-           'quiet', 'TrainResult', 'is_oom', 'oom_advice', 'fit', 'training_flops', 'free_memory', 'Labels',
-           'count_steps', 'matmul_peak', 'cost_teller']
+           'pad_batch', 'label_loss', 'fast_norms', 'fast_fp32', 'has_bf16', 'precision_of', 'sizes_of', 'StepData',
+           'NonFinite', 'Trainer', 'orthogonality', 'Curve', 'seal', 'sealed', 'file_hash', 'newest', 'writing',
+           'run_key', 'card', 'quiet', 'TrainResult', 'is_oom', 'oom_advice', 'fit', 'training_flops', 'free_memory',
+           'Labels', 'count_steps', 'matmul_peak', 'cost_teller']
 
-# %% ../nbs/31_train.ipynb #71421d88
-import contextlib, gc, hashlib, inspect, json, os, shutil, tempfile, time, warnings
+# %% ../nbs/31_train.ipynb #dd4619ee
+import contextlib, functools, gc, hashlib, inspect, json, os, platform, shutil, tempfile, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -410,7 +410,7 @@ def label_loss(model, mb,   # A micro-batch
     # experts kept in balance: `output_router_logits` asks for it
     return loss + _base(getattr(model, 'module', model)).router_aux_loss_coef*out.aux_loss*(t!=-100).sum()/n
 
-# %% ../nbs/31_train.ipynb #4269cefe
+# %% ../nbs/31_train.ipynb #f1cdc5e5
 class _RMSNorm(torch.autograd.Function):
     "x / rms(x) · w over the last dimension, inside in float32. x (..., d), w (d)"
     @staticmethod
@@ -428,24 +428,65 @@ class _RMSNorm(torch.autograd.Function):
               if need_x else None)
         return dx, gn.sum(0).to(w.dtype) if need_w else None, None
 
-def _is_rms(m):
-    "Does module `m` compute what `_RMSNorm` does?"
-    w, eps = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None)
-    if not type(m).__name__.endswith('RMSNorm') or eps is None or w is None or w.dim()!=1 or w.is_meta: return False
-    x = torch.randn(2, len(w), device=w.device, dtype=w.dtype)
+def _fast_norm(m):
+    "What module `m` computes if that is an RMSNorm, of x or of x·silu(gate) as in Mamba-2, else None"
+    w, eps, name = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None), type(m).__name__
+    if eps is None or w is None or w.dim()!=1 or w.is_meta: return
+    def norm(x, m=m): return _RMSNorm.apply(x, m.weight, m.variance_epsilon)
+    def gated(x, gate=None): return norm(x if gate is None else x*F.silu(gate.float()))
+    f, xs = (norm, 1) if name.endswith('RMSNorm') else (gated, 2) if name.endswith('RMSNormGated') else (None, 0)
+    xs = torch.randn(xs, 2, len(w), device=w.device, dtype=w.dtype)
     with torch.no_grad(), contextlib.suppress(TypeError, RuntimeError):
-        a, b = m(x), _RMSNorm.apply(x, w, eps)
-        return a.dtype==b.dtype and bool((a-b).abs().max() <= 4*torch.finfo(a.dtype).eps*a.abs().max())
-    return False
+        a, b = m(*xs), f(*xs)
+        if a.dtype==b.dtype and bool((a-b).abs().max() <= 4*torch.finfo(a.dtype).eps*a.abs().max()): return f
 
 @contextlib.contextmanager
 def fast_norms(model):
     "Let `model` compute its RMSNorms in one piece inside the block"
-    with torch.random.fork_rng(): ms = [m for m in model.modules() if _is_rms(m)]
-    for m in ms: m.forward = lambda x, m=m: _RMSNorm.apply(x, m.weight, m.variance_epsilon)
+    with torch.random.fork_rng(): fs = {m: f for m in model.modules() if (f := _fast_norm(m))}
+    for m,f in fs.items(): m.forward = f
     try: yield
     finally:
-        for m in ms: del m.forward
+        for m in fs: del m.forward
+
+# %% ../nbs/31_train.ipynb #ecd57ac8
+class _Linear(torch.autograd.Function):
+    "x wᵀ + b and its gradients through oneDNN. x (..., k), w (n, k), b (n) or None"
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return _onednn(x, w, b)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x, w), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad
+        rows, x = g.flatten(0, -2), x.flatten(0, -2)
+        # oneDNN is at its best with the smaller side for rows
+        dw = (_onednn(rows.t(), x.t()) if len(w)<=w.shape[1] else _onednn(x.t(), rows.t()).t()) if need_w else None
+        return _onednn(g.contiguous(), w.t()) if need_x else None, dw, rows.sum(0) if need_b else None
+
+def _onednn(x, w, b=None): return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
+
+@functools.lru_cache
+def _mkl_is_slow():
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()): return False
+    with contextlib.suppress(OSError): return 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
+    return 'AMD' in platform.processor()
+
+@contextlib.contextmanager
+def fast_fp32(model, on=None):
+    "In a `with` block, linear layers of an fp32 model on an AMD processor run through oneDNN"
+    linear, on = F.linear, _mkl_is_slow() if on is None else on
+    def fits(x, w):
+        return (type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
+                and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1]
+                and x.is_cpu and w.is_contiguous() and not torch.is_autocast_enabled('cpu'))
+    def faster(x, w, b=None):
+        if not fits(x, w): return linear(x, w, b)
+        return (_Linear.apply if torch.is_grad_enabled() else _onednn)(x.contiguous(), w, b)
+    if on and model.device.type=='cpu' and model.dtype==torch.float32: F.linear = faster
+    try: yield
+    finally: F.linear = linear
 
 # %% ../nbs/31_train.ipynb #706d2c11
 def has_bf16(device='cpu'):
@@ -809,7 +850,7 @@ def save_weights(self:Trainer, folder):
     model.config.use_cache = cache
     return folder
 
-# %% ../nbs/31_train.ipynb #c0c0d94a
+# %% ../nbs/31_train.ipynb #c9f708e7
 @dataclass
 class TrainResult:
     "What a training came to"
@@ -926,7 +967,7 @@ def fit(model,          # A transformers model, perhaps with an adapter
     with PeakMemory() as mem:
         try:
             model.train()
-            with fast_scan(model, quiet=True), fast_norms(model), contextlib.ExitStack() as es:
+            with fast_scan(model, quiet=True), fast_norms(model), fast_fp32(model), contextlib.ExitStack() as es:
                 objective = objective or Labels(); way = objective.way(model)
                 es.enter_context(objective.around(model, way))
                 tr = _trainer(objective, model, tok, rows, t, seed, about, out, valid, way,
