@@ -10,12 +10,13 @@ __all__ = ['command', 'parse_value', 'parse_items', 'parse_fields', 'parse_spec'
            'tokenizer', 'pack', 'pretrain', 'sft', 'dpo', 'check_rows', 'held_items', 'trained_together', 'action_of',
            'known_tokenizers', 'weighted', 'inventory_text', 'Result', 'stdout_to_stderr', 'overview', 'main']
 
-# %% ../nbs/90_cli.ipynb #8a5c9da4
+# %% ../nbs/90_cli.ipynb #5cd89866
 import contextlib, inspect, json, os, shutil, sys
+from functools import partial
 from pathlib import Path
 from fastcore.script import anno_parser
-from .core import (Axis, Spec, UserError, base_of, kept_files, nearest, relative, results_path, setting,
-                           to_json)
+from .core import (Axis, Spec, UserError, base_of, check_names, kept_files, nearest, project_path, relative,
+                           results_path, setting, to_json)
 
 # %% ../nbs/90_cli.ipynb #38b32a76
 def parse_value(s):
@@ -64,11 +65,11 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #e0c8513b
+# %% ../nbs/90_cli.ipynb #ffcb8a72
 command = Axis('command')
 
 @command
-def run(*spec:str,             # Fields as key=value, e.g. method=lora train.lr=1e-3
+def run(*spec:str,             # Fields as key=value, e.g. method=lora train.lr=1e-3; `flow2lab list field` has all
         study:str='runs',      # Folder below data/results
         force:bool=False):     # Run again although the record exists
     "Run one Spec, or show its record if it has run before"
@@ -84,7 +85,7 @@ def recorded(s, study, force=False):
     return Result(m, f'{m["name"]}  {m["status"]}  {relative(r.folder)}\n{metrics_text(m["metrics"])}')
 
 @command
-def study(name:str,               # A notebook in nbs/studies
+def study(name:str,               # One of `flow2lab list study`
           scale:str='',           # nano, small or full; the setting `scale` if not given
           jobs:int=0,             # Runs at the same time, 0 for one a core or GPU
           seeds:int=0,            # Training seeds of each configuration, 0 for the study's own number
@@ -211,13 +212,44 @@ def data(action:str,             # check, convert or inventory
     return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
 
 @command(pos=['axis'])
-def list(axis:str=''):  # task, arch, method, quantizer, backend, source, rule, shape or command; all if not given
+def list(axis:str=''):  # model, field, study, task, arch, method, quantizer, backend, source, rule or shape; all if not given
     "What there is to choose from"
     import flow2lab.corpus                     # its axes: source, rule
-    axes = [axis] if axis else [a for a in Axis.all if a!='command']
-    if axis and axis not in Axis.all: raise UserError(f'unknown axis "{axis}". {nearest(axis, Axis.all)}')
-    r = {a: {n: Axis.all[a].doc(n) for n in sorted(Axis.all[a])} for a in axes}
-    return Result(r, '\n'.join(f'{a}\n' + '\n'.join(f'  {n:16} {doc}' for n,doc in ns.items()) for a,ns in r.items()))
+    known = dict(model=_models, field=_fields, study=_studies,
+                 **{a: partial(_docs, a) for a in Axis.all if a!='command'})
+    check_names('axis', [axis] if axis else [], known)
+    r = {a: f() for a,f in known.items() if axis in ('', a)}
+    lines = [l for a,ns in r.items() for w in [max(map(len, ns))] for l in (a, *(f'  {n:{w}}  {doc}' for n,doc in ns.items()))]
+    return Result(r, '\n'.join(lines))
+
+def _docs(axis): return {n: Axis.all[axis].doc(n) for n in sorted(Axis.all[axis])}
+
+def _models():
+    "What `base` may be"
+    from flow2lab.core import arch
+    shipped = {d.name: 'Shipped with the lab, wants no network'
+               for d in sorted(project_path('data/models/nano').iterdir()) if (d/'config.json').exists()}
+    sizes = {f'{a}-SIZE': f'Preset with random weights; SIZE is {", ".join(arch[a].sizes)}'
+             for a in sorted(arch) if hasattr(arch[a], 'sizes')}
+    return {**shipped, **sizes, 'ORG/NAME': 'From the hub, e.g. Qwen/Qwen3-0.6B-Base; safetensors only',
+            'FOLDER': "A model in transformers' format", 'FILE.gguf': "A model in llama.cpp's format",
+            'RUN': 'What a run has trained: its folder, name or id'}
+
+def _fields():
+    "The fields of a Spec: what each is unless given, and what it means"
+    from fastcore.docments import docments
+    from flow2lab.core import BENCH, TRAIN, bench_defaults, train_defaults
+    def said(of, defaults, into=''):
+        docs = docments(of)
+        return {into+k: f'{to_json(v, indent=None) if v not in ("", {}) else "":10} {docs[k]}' for k,v in defaults.items()}
+    spec = Spec().to_dict(); spec = {k: spec[k] for k in docments(Spec) if k in spec}
+    return {**said(Spec, spec), **said(train_defaults, TRAIN, 'train.'), **said(bench_defaults, BENCH, 'bench.')}
+
+def _studies():
+    "The notebooks in nbs/studies and what each asks"
+    from flow2lab.study import studies
+    said = {n: [''.join(c['source']) for c in json.loads(p.read_text())['cells']] for n,p in studies().items()}
+    return {n: next(l[2:] for c in cells for l in c.splitlines() if l.startswith('> ')) for n,cells in said.items()}
 
 @command
 def estimate(
@@ -404,17 +436,19 @@ def weighted(names):
     try: return {n: None if w is None else float(w) for n,w in pairs}
     except ValueError: raise UserError(f'{" ".join(names)}: a weight is a number, e.g. wikipedia_en=3.') from None
 
-# %% ../nbs/90_cli.ipynb #b05d3a9f
+# %% ../nbs/90_cli.ipynb #73dafeab
 def inventory_text(r):
     "What `data inventory` says to a person"
     from flow2lab.formats import human_bytes
-    lines = [f'{r["datasets"]["count"]} data sets, {r["datasets"]["rows"]} rows, '
-             f'{human_bytes(r["datasets"]["bytes"])}',
-             f'{r["results"]["runs"]} runs in {len(r["results"]["studies"])} studies, '
-             f'{human_bytes(r["results"]["bytes"])}',
-             f'{len(r["adapters"])} adapters',
-             *(f'  {a["name"]:40} {a.get("method") or "":10} {human_bytes(a["bytes"])}'
-               for a in r['adapters'])]
+    sets, runs, by_run = r['datasets'], r['results'], {}
+    for a in r['adapters']:                       # a run keeps up to three: the one to use, the best and the last
+        by_run.setdefault((str(Path(a['path']).parent), a.get('method') or ''), []).append(a)
+    lines = [f'{sets["count"]} data sets, {sets["rows"]} rows, {human_bytes(sets["bytes"])}',
+             *(f'  {d["name"]}  {"not readable" if d["rows"] is None else d["rows"]}  {human_bytes(d["bytes"])}' for d in sets['files']),
+             f'{runs["runs"]} runs in {len(runs["studies"])} studies, {human_bytes(runs["bytes"])}',
+             *(f'  {n}  {k}' for n,k in sorted(runs['studies'].items())),
+             f'{len(r["adapters"])} adapters of {len(by_run)} runs, {human_bytes(sum(a["bytes"] for a in r["adapters"]))}',
+             *(f'  {run}  {method}  {human_bytes(sum(a["bytes"] for a in found))}' for (run, method),found in by_run.items())]
     return '\n'.join(lines + [f'over the size guideline: {o}' for o in r['over']])
 
 # %% ../nbs/90_cli.ipynb #1ad19466

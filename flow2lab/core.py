@@ -8,9 +8,9 @@ Docs: https://flow2lab.github.io/flow2lab/core.html.md"""
 __all__ = ['task', 'arch', 'method', 'quantizer', 'backend', 'TRAIN', 'BENCH', 'CHOICES', 'SCHEMA', 'packaged', 'notes',
            'UserError', 'nearest', 'check_names', 'project_root', 'setting', 'project_path', 'results_path', 'relative',
            'find_data', 'kept', 'kept_files', 'fsync_dir', 'atomic_write', 'atomic_dir', 'to_json', 'hash_of',
-           'fingerprint', 'Axis', 'check_value', 'check_dict', 'merged', 'Spec', 'bound_args', 'base_folder',
-           'weights_file', 'output_path', 'find_run', 'run_spec', 'base_of', 'versions', 'git_commit', 'cpu_name',
-           'hardware', 'provenance']
+           'fingerprint', 'Axis', 'check_value', 'check_dict', 'merged', 'train_defaults', 'bench_defaults', 'Spec',
+           'bound_args', 'base_folder', 'weights_file', 'output_path', 'find_run', 'run_spec', 'base_of', 'versions',
+           'git_commit', 'cpu_name', 'hardware', 'provenance']
 
 # %% ../nbs/00_core.ipynb #58066a8b
 import configparser, contextlib, difflib, hashlib, importlib.util, inspect, json, logging, os, platform, shutil, \
@@ -232,8 +232,8 @@ def merged(what, given, defaults):
     check_names(f'{what} field', given, defaults)
     return AttrDict({**defaults, **{k: check_value(f'{what}.{k}', v, defaults[k]) for k,v in given.items()}})
 
-# %% ../nbs/00_core.ipynb #c826a74a
-TRAIN = dict(
+# %% ../nbs/00_core.ipynb #f7a93e03
+def train_defaults(
     epochs=1.0,            # Passes over the training rows; ignored when `tokens` is given
     tokens=0,              # Budget in tokens, 0 to count epochs
     lr=2e-4,               # Peak learning rate
@@ -243,13 +243,23 @@ TRAIN = dict(
     micro_tokens=0,        # Tokens in one forward pass, 0 for all of batch_tokens
     seq_len=512,           # Longest sequence, and the length that documents are packed to
     precision='auto',      # auto (bf16 where the hardware has it), bf16 or fp32
-    weight_decay=0.0, grad_clip=1.0,
+    weight_decay=0.0,      # AdamW's
+    grad_clip=1.0,         # Largest norm of the gradient
     checkpointing=False,   # Recompute activations in the backward pass
     loss_on='answer',      # answer, or all tokens (language modelling)
     save_every=0,          # Steps between checkpoints to resume from, 0 for none
-    eval_every=0,          # Steps between looks at the validation loss, 0 for the end only
-)
-BENCH = dict(prompt=128, new_tokens=64, repeats=3)   # tokens, tokens, times
+    eval_every=0):         # Steps between looks at the validation loss, 0 for the end only
+    "How a Spec trains unless it says otherwise"
+    return locals()
+
+def bench_defaults(
+    prompt=128,            # Tokens to read
+    new_tokens=64,         # Tokens to write
+    repeats=3):            # Timed passes
+    "What a Spec with `bench` measures unless it says otherwise"
+    return locals()
+
+TRAIN, BENCH = train_defaults(), bench_defaults()
 CHOICES = dict(precision=('auto', 'bf16', 'fp32'), loss_on=('answer', 'all'), dtype=('auto', 'fp32', 'bf16', 'fp16'))
 SCHEMA = 1                                           # Of the records: part of every id
 
@@ -273,16 +283,16 @@ class Spec:
     method:str='full'                                   # How it trains
     method_args:dict=field(default_factory=dict)        # e.g. r, alpha, targets
     base_quant:str=''                                   # Quantizer of the base before training
-    base_quant_args:dict=field(default_factory=dict)
+    base_quant_args:dict=field(default_factory=dict)    # What that quantizer takes, e.g. double_quant
     quant:str=''                                        # Quantizer after training
-    quant_args:dict=field(default_factory=dict)
+    quant_args:dict=field(default_factory=dict)         # What that one takes
     train:dict=field(default_factory=dict)              # Differences from TRAIN
     eval:dict=field(default_factory=dict)               # {task: items} or {task: {n, path, ...}}
     bench:dict=field(default_factory=dict)              # Differences from BENCH; empty for no benchmark
     # Of the weights as loaded and evaluated: fp32 on CPU, bf16 on GPU
     dtype:str='auto'
-    backend:str='hf'
-    seed:int=0
+    backend:str='hf'                                    # Runs the evaluation: hf, gguf or mlx
+    seed:int=0                                          # Of the training's order, adapters and dropout
 
     def __post_init__(self):
         put = lambda k,v: object.__setattr__(self, k, v)
