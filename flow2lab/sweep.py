@@ -733,7 +733,7 @@ def blocked(spec, results):
     if r is None or r.status=='ok': return '' if r is None else None
     return f'its base {spec.base.name} ended as {r.status}: {r.message or "see its record"}'
 
-# %% ../nbs/70_sweep.ipynb #71df4d0c
+# %% ../nbs/70_sweep.ipynb #4fe9d496
 class _Bar:
     "Progress of a sweep on stderr"
     def __init__(self, study, total, show):
@@ -741,12 +741,13 @@ class _Bar:
         self.study, self.total, self.says, self.took, self.since, self.drawn = study, total, {}, [], {}, (0, -1)
         self.tty = sys.stderr.isatty()
         self.bar = tqdm(total=total, desc=f'{study} 0 of {total} runs', disable=not show, leave=False, smoothing=0,
-                        file=sys.stderr, dynamic_ncols=self.tty, ncols=None if self.tty else 79,
+                        file=sys.stderr, dynamic_ncols=self.tty, ncols=None if self.tty else 140,
                         bar_format='{desc} |{bar:20}| {elapsed} gone, {remaining} left{postfix}')
     def begin(self, id, name): self.since[id], self.says[id] = time.monotonic(), name
     def live(self, id, name):
         def told(stream, text):
-            if (l := re.split(r'[\r\n]', text.rstrip('\r\n'))[-1].strip()): self.says[id] = f'{name}: {l[:60]}'
+            l = re.split(r'[\r\n]', text.rstrip('\r\n'))[-1].strip()
+            if l: self.says[id] = f'{re.sub(r"[0-9]+%[|].*[|] *", "", l)[:70]} ({name})'     # a bar's figures will do
         return told
     def finish(self, id, ran):
         begun = self.since.pop(id); self.says.pop(id, None)
