@@ -58,10 +58,8 @@ bench: .venv/.bench  ## Run every benchmark notebook; each saves its ratio with 
 readme: .venv/.done  ## Make README.md from nbs/index.ipynb
 	$(BIN)/python -m flow2lab.site readme
 
-outputs: .venv/.done ## Run library and lab notebooks and keep what they show
-	$(BIN)/nbdev-test nbs --file-re '^[0-9]' --save
-	$(BIN)/nbdev-test nbs/labs --save
-	$(BIN)/nbdev-clean
+outputs: .venv/.done ## Run the library's notebooks and keep what they show
+	$(BIN)/python -m flow2lab.site outputs
 
 clean-notebooks: .venv/.done  ## Export the modules and strip what notebooks should not carry
 	$(BIN)/nbdev-export

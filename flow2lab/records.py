@@ -32,7 +32,7 @@ def metric(value,          # A number; None or not finite is kept as None
 
 def _metrics(ms): return {k: metric(**m) if isinstance(m, dict) else metric(m) for k,m in ms.items()}
 
-# %% ../nbs/60_records.ipynb #c3185739
+# %% ../nbs/60_records.ipynb #badf4a6e
 STATUS = 'ok', 'nan', 'oom', 'failed'
 ITEMS = 'task item prompt_hash prediction score metrics truncated unparsed seconds'.split()
 
@@ -47,7 +47,7 @@ def _items_table(items):
     check_names('items column', items.columns, ITEMS)
     t = items.reindex(columns=ITEMS).astype(dict(score=float, seconds=float))
     t['metrics'] = [m if isinstance(m, str) else to_json(m) if isinstance(m, dict) else '{}' for m in t.metrics]
-    for c in 'truncated', 'unparsed': t[c] = t[c].fillna(False).astype(bool)
+    for c in 'truncated', 'unparsed': t[c] = t[c].eq(True)
     for c in 'task', 'item', 'prompt_hash', 'prediction': t[c] = ['' if pd.isna(x) else str(x) for x in t[c]]
     types = dict(score=pa.float64(), seconds=pa.float64(), truncated=pa.bool_(), unparsed=pa.bool_())
     return pa.table({c: pa.array(t[c].tolist(), types.get(c, pa.string()), from_pandas=True) for c in ITEMS})

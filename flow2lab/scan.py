@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #8f7ba8f0
+# %% ../nbs/21_scan.ipynb #7be36206
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -243,8 +243,9 @@ extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
 
 #define EACH for (int64_t i = 0; i < R; i++) for (int k = 0; k < M; k++)
 // Mamba-2 with channels in the lanes. Forwards S_t = a_t S_{t-1} + r_t v_t', o_t = S_t' w_t; `keep` (chunks, R, n) takes the states before
-// each chunk of K tokens. Back, from the last token, S_t = a_{t+1} S_{t+1} + r_t v_t', leaving a_0 S_0. r, w (l, R); v, o, a (l, n); S (R, n)
-template<class T> struct Channels { const T *r, *v, *w, *a; T *S, *o, *keep; int64_t rs, vs, ws, as, Ss, os, ks, l, R, n, K, back; };
+// each chunk of K tokens. Back, from the last token, S_t = a_{t+1} S_{t+1} + r_t v_t', leaving a_0 S_0. r, w (l, R); v, o (l, n); S (R, n);
+// a (l, heads): column c, counted from c0, belongs to head (c0 + c)/p
+template<class T> struct Channels { const T *r, *v, *w, *a; T *S, *o, *keep; int64_t rs, vs, ws, as, Ss, os, ks, l, R, n, K, back, c0, p; };
 template<class T, int M, bool back> static void channels(const Channels<T>& f, int64_t c, typename Vec<T>::V* s) {
     USE; const int64_t R = f.R, n = f.n; int64_t m[M];
     for (int k = 0; k < M; k++) m[k] = n - c - k*W < 0 ? 0 : n - c - k*W;
@@ -253,7 +254,11 @@ template<class T, int M, bool back> static void channels(const Channels<T>& f, i
         const int64_t t = back ? f.l - 1 - j : j;
         if (!back && t % f.K == 0) { T* h = f.keep + t/f.K*R*f.ks + c; EACH store(h + i*f.ks + k*W, s[i*M + k], m[k]); }
         const T *r = f.r + t*f.rs, *w = f.w + t*f.ws; V a[M], v[M], o[M] = {};
-        for (int k = 0; k < M; k++) { a[k] = load(f.a + t*f.as + c + k*W, m[k]); v[k] = load(f.v + t*f.vs + c + k*W, m[k]); }
+        for (int k = 0; k < M; k++) {
+            const T* d = f.a + t*f.as; const int64_t x = f.c0 + c + k*W; v[k] = load(f.v + t*f.vs + c + k*W, m[k]);
+            if (f.p % W == 0 && x % W == 0) a[k] = V{} + (m[k] ? d[x/f.p] : 0);
+            else for (int64_t q = 0; q < W; q++) a[k][q] = q < m[k] ? d[(x + q)/f.p] : 0;
+        }
         if (back) EACH { V g = s[i*M + k] + r[i]*v[k]; o[k] += w[i]*g; s[i*M + k] = a[k]*g; }
         else      EACH { V h = a[k]*s[i*M + k] + r[i]*v[k]; o[k] += w[i]*h; s[i*M + k] = h; }
         for (int k = 0; k < M; k++) store(f.o + t*f.os + c + k*W, o[k], m[k]);
@@ -502,7 +507,7 @@ def _products(x, dt, A, B, C, h0, reset, q):
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #5693983e
+# %% ../nbs/21_scan.ipynb #c8068109
 class _Walks(torch.autograd.Function):
     "Mamba-2 by the compiled kernel: inputs u (b, l, h, p), log decays a (b, l, h), B, C (b, l, g, n), h0 (b, h, p, n)"
     @staticmethod
@@ -537,11 +542,11 @@ def _channels(kernel, r, v, w, decay, h0, keep, back=False):
     "Walk with the channels in the lanes → what is read (b, l, h, p), last state (b, h, p, n)"
     (b, l, h, p), (g, n) = v.shape, r.shape[2:]; d = h//g*p
     S, o = h0.flatten(1, 2).mT.clone(memory_format=torch.contiguous_format), torch.empty_like(v)   # S (b, n, h p)
-    v, out, decay = v.flatten(2), o.flatten(2), decay[...,None].expand_as(v).contiguous().flatten(2)
+    v, out = v.flatten(2), o.flatten(2)
     def f(job):
         i, c0, c1, _ = job; i, k = divmod(i, g); c = slice(k*d+c0, k*d+c1)
-        kernel.walk('channels', 4*n, (r[i,:,k], v[i,:,c], w[i,:,k], decay[i,:,c], S[i,:,c], out[i,:,c], keep[i,:,:,c]),
-                    l, n, c1-c0, kernel.K, back)
+        kernel.walk('channels', 4*n, (r[i,:,k], v[i,:,c], w[i,:,k], decay[i], S[i,:,c], out[i,:,c], keep[i,:,:,c]),
+                    l, n, c1-c0, kernel.K, back, c.start, p)
     kernel.run(f, kernel.jobs(b*g, d))
     return o, S.mT.unflatten(1, (h, p)).contiguous()
 

@@ -7,7 +7,7 @@ Docs: https://flow2lab.github.io/flow2lab/site.html.md"""
 # %% auto #0
 __all__ = ['SECTIONS', 'tags_of', 'add_tags', 'outside_code', 'callouts', 'names_of', 'cut', 'module_of', 'definitions', 'head',
            'process_nb', 'load_page', 'relink', 'resolve', 'readme', 'find_pages', 'section_page', 'axes_page',
-           'link_names', 'Stage', 'build_site']
+           'link_names', 'Stage', 'build_site', 'said_aside', 'outputs']
 
 # %% ../nbs/91_site.ipynb #dd57e47f
 import ast, inspect, os, re, shutil, subprocess, sys, tempfile
@@ -352,9 +352,29 @@ def _sphinx(src, html):
     (html/'.buildinfo').unlink(missing_ok=True)
     (html/'.nojekyll').touch()
 
-# %% ../nbs/91_site.ipynb #02ee8fbb
+# %% ../nbs/91_site.ipynb #2937f936
+def said_aside(nb):
+    "Take what was printed to stderr out of the outputs of `nb`; whether there was any"
+    was = sum(len(c.get('outputs', [])) for c in nb.cells)
+    for c in nb.cells:
+        if 'outputs' in c: c.outputs = [o for o in c.outputs if o.get('name')!='stderr']
+    return was>sum(len(c.get('outputs', [])) for c in nb.cells)
+
+def outputs():
+    "Run the library's notebooks and keep what they show; their number"
+    run = lambda tool, *a: subprocess.run([Path(sys.executable).with_name(tool), *a], cwd=project_path(), check=True)
+    run('nbdev-test', 'nbs', '--file-re', '^[0-9]', '--save')
+    files = sorted(project_path('nbs').glob('[0-9]*.ipynb'))
+    for f in files:
+        nb = read_nb(f)
+        if said_aside(nb): write_nb(nb, f)
+    run('nbdev-clean')
+    return len(files)
+
+# %% ../nbs/91_site.ipynb #35857d79
 if __name__=='__main__':
-    try: print(build_site()/'index.html' if sys.argv[1:]==['docs'] else readme() and 'README.md')
+    ways = dict(docs=lambda: build_site()/'index.html', readme=lambda: readme() and 'README.md', outputs=outputs)
+    try: print(ways[sys.argv[1]]())
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)

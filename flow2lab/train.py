@@ -449,7 +449,7 @@ def fast_norms(model):
     finally:
         for m in fs: del m.forward
 
-# %% ../nbs/31_train.ipynb #ecd57ac8
+# %% ../nbs/31_train.ipynb #68dbfe2d
 class _Linear(torch.autograd.Function):
     "x wᵀ + b and its gradients through oneDNN. x (..., k), w (n, k), b (n) or None"
     @staticmethod
@@ -460,10 +460,12 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (x, w), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad
-        rows, x = g.flatten(0, -2), x.flatten(0, -2)
-        # oneDNN is at its best with the smaller side for rows
-        dw = (_onednn(rows.t(), x.t()) if len(w)<=w.shape[1] else _onednn(x.t(), rows.t()).t()) if need_w else None
-        return _onednn(g.contiguous(), w.t()) if need_x else None, dw, rows.sum(0) if need_b else None
+        g = g.contiguous()                     # oneDNN has no fast way for a part of something wider
+        rows, x, dw = g.flatten(0, -2), x.flatten(0, -2), torch.zeros_like(w) if need_w else None
+        # it copies what is transposed, so not all at once, and is at its best with the smaller side for rows
+        for r,s in zip(rows.split(4096), x.split(4096)) if need_w else ():
+            dw += _onednn(r.t(), s.t()) if len(w)<=w.shape[1] else _onednn(s.t(), r.t()).t()
+        return _onednn(g, w.t()) if need_x else None, dw, rows.sum(0) if need_b else None
 
 def _onednn(x, w, b=None): return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
 
