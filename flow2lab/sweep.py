@@ -836,7 +836,7 @@ class _Sweep:
         first = f'{self.study}: {len(self.todo)} runs, {self.had} were there, {new} done now, {len(bad)} failed'
         return '\n'.join([first, *(f'  {r}' for r in bad)])
 
-# %% ../nbs/70_sweep.ipynb #7fa11c2e
+# %% ../nbs/70_sweep.ipynb #cb00edd1
 @patch
 def step(self:_Sweep):
     "Start what can start, then wait a moment for what runs"
@@ -845,12 +845,13 @@ def step(self:_Sweep):
         if why:
             self.results[i] = RunResult(self.todo[i], 'failed', self.folder[i], 0., why); self.waiting.remove(i)
         elif why is None and self.slots and time.monotonic()>=self.busy.get(i, 0): self.launch(i)
-    for f in wait(self.running, 0.1, FIRST_COMPLETED)[0]:
+    ended = wait(self.running, 0.1, FIRST_COMPLETED)[0]
+    for f in ended:
         i, slot = self.running.pop(f); self.slots.append(slot); r = self.outcome(f, i)
         self.bar.finish(i, bool(r and r.seconds))
         if r: self.results[i] = r
         else: self.waiting.append(i); self.busy[i] = time.monotonic()+0.5      # another sweep runs it: look again soon
-    if not self.running and self.waiting: time.sleep(0.1)
+    if not self.running and self.waiting and not ended: time.sleep(0.1)
     others = self.waiting and not self.running
     self.bar.draw(len(self.results)-self.had, 'waiting for runs of another sweep' if others else '')
 
