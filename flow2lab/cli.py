@@ -65,7 +65,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #ffcb8a72
+# %% ../nbs/90_cli.ipynb #77ce7bd1
 command = Axis('command')
 
 @command
@@ -212,15 +212,18 @@ def data(action:str,             # check, convert or inventory
     return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
 
 @command(pos=['axis'])
-def list(axis:str=''):  # model, field, study, task, arch, method, quantizer, backend, source, rule or shape; all if not given
+def list(
+    # model, field, study, task, arch, method, quantizer, backend, source, rule or shape; all if not given
+    axis:str=''):
     "What there is to choose from"
     import flow2lab.corpus                     # its axes: source, rule
     known = dict(model=_models, field=_fields, study=_studies,
                  **{a: partial(_docs, a) for a in Axis.all if a!='command'})
     check_names('axis', [axis] if axis else [], known)
     r = {a: f() for a,f in known.items() if axis in ('', a)}
-    lines = [l for a,ns in r.items() for w in [max(map(len, ns))] for l in (a, *(f'  {n:{w}}  {doc}' for n,doc in ns.items()))]
-    return Result(r, '\n'.join(lines))
+    def section(a, ns):
+        w = max(map(len, ns)); return [a, *(f'  {n:{w}}  {doc}' for n,doc in ns.items())]
+    return Result(r, '\n'.join(l for a,ns in r.items() for l in section(a, ns)))
 
 def _docs(axis): return {n: Axis.all[axis].doc(n) for n in sorted(Axis.all[axis])}
 
@@ -241,7 +244,7 @@ def _fields():
     from flow2lab.core import BENCH, TRAIN, bench_defaults, train_defaults
     def said(of, defaults, into=''):
         docs = docments(of)
-        return {into+k: f'{to_json(v, indent=None) if v not in ("", {}) else "":10} {docs[k]}' for k,v in defaults.items()}
+        return {into+k: f'{"" if v in ("", {}) else to_json(v):10} {docs[k]}' for k,v in defaults.items()}
     spec = Spec().to_dict(); spec = {k: spec[k] for k in docments(Spec) if k in spec}
     return {**said(Spec, spec), **said(train_defaults, TRAIN, 'train.'), **said(bench_defaults, BENCH, 'bench.')}
 
@@ -436,19 +439,21 @@ def weighted(names):
     try: return {n: None if w is None else float(w) for n,w in pairs}
     except ValueError: raise UserError(f'{" ".join(names)}: a weight is a number, e.g. wikipedia_en=3.') from None
 
-# %% ../nbs/90_cli.ipynb #73dafeab
+# %% ../nbs/90_cli.ipynb #1a2647d3
 def inventory_text(r):
     "What `data inventory` says to a person"
     from flow2lab.formats import human_bytes
     sets, runs, by_run = r['datasets'], r['results'], {}
+    def size(adapters): return human_bytes(sum(a['bytes'] for a in adapters))
     for a in r['adapters']:                       # a run keeps up to three: the one to use, the best and the last
         by_run.setdefault((str(Path(a['path']).parent), a.get('method') or ''), []).append(a)
     lines = [f'{sets["count"]} data sets, {sets["rows"]} rows, {human_bytes(sets["bytes"])}',
-             *(f'  {d["name"]}  {"not readable" if d["rows"] is None else d["rows"]}  {human_bytes(d["bytes"])}' for d in sets['files']),
+             *(f'  {d["name"]}  {"not readable" if d["rows"] is None else d["rows"]}  {human_bytes(d["bytes"])}'
+               for d in sets['files']),
              f'{runs["runs"]} runs in {len(runs["studies"])} studies, {human_bytes(runs["bytes"])}',
              *(f'  {n}  {k}' for n,k in sorted(runs['studies'].items())),
-             f'{len(r["adapters"])} adapters of {len(by_run)} runs, {human_bytes(sum(a["bytes"] for a in r["adapters"]))}',
-             *(f'  {run}  {method}  {human_bytes(sum(a["bytes"] for a in found))}' for (run, method),found in by_run.items())]
+             f'{len(r["adapters"])} adapters of {len(by_run)} runs, {size(r["adapters"])}',
+             *(f'  {run}  {method}  {size(found)}' for (run, method),found in by_run.items())]
     return '\n'.join(lines + [f'over the size guideline: {o}' for o in r['over']])
 
 # %% ../nbs/90_cli.ipynb #1ad19466
