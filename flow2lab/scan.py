@@ -507,13 +507,13 @@ def _products(x, dt, A, B, C, h0, reset, q):
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #c8068109
+# %% ../nbs/21_scan.ipynb #1fcad86c
 class _Walks(torch.autograd.Function):
     "Mamba-2 by the compiled kernel: inputs u (b, l, h, p), log decays a (b, l, h), B, C (b, l, g, n), h0 (b, h, p, n)"
     @staticmethod
     def forward(ctx, kernel, u, a, B, C, h0, reset):
         (b, l, h, p), n = u.shape, B.shape[3]
-        u, B, C = (t.contiguous() for t in (u, B, C))
+        u, a, B, C = (t.contiguous() for t in (u, a, B, C))
         decay = a.exp() if reset is None else a.exp()*~reset[...,None]
         keep = u.new_empty(b, -(-l//kernel.K), n, h*p)
         y, last = _channels(kernel, B, u, C, decay, h0, keep)
@@ -550,6 +550,11 @@ def _channels(kernel, r, v, w, decay, h0, keep, back=False):
     kernel.run(f, kernel.jobs(b*g, d))
     return o, S.mT.unflatten(1, (h, p)).contiguous()
 
+def _check_shapes(name, fits=True, **tensors):      # name=(tensor or None, shape): the kernels read without looking
+    wrong = [f'{k} {tuple(t.shape)} instead of {s}' for k,(t,s) in tensors.items() if t is not None and t.shape!=s]
+    if wrong or not fits:
+        raise UserError(f'{name}: shapes do not fit: {"; ".join(wrong) or "the heads are no multiple of the groups"}.')
+
 def ssd(x,            # (b, l, h, p) input
         dt,           # (b, l, h) step sizes, positive
         A,            # (h) decays, negative
@@ -561,13 +566,16 @@ def ssd(x,            # (b, l, h, p) input
     "elsewhere, or with `chunk`, as matrix products (section 6) → y (b, l, h, p), last state (b, h, p, n)"
     T = torch.float64 if x.dtype==torch.float64 else torch.float32
     x, dt, A, B, C = (t.to(T) for t in (x, dt, A, B, C))
-    h0 = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if h0 is None else h0.to(x)
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    h0 = x.new_zeros(b, h, p, n) if h0 is None else h0.to(x)
+    _check_shapes('ssd', h%g==0, dt=(dt, (b, l, h)), A=(A, (h,)), B=(B, (b, l, g, n)), C=(C, (b, l, g, n)),
+                  h0=(h0, (b, h, p, n)), reset=(reset, (b, l)))
     if not x.shape[1]: return x.clone(), h0
     kernel = None if chunk else best_kernel(x)
     if isinstance(kernel, CppScan): return _Walks.apply(kernel, x*dt[...,None], dt*A, B, C, h0, reset)
     return _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
 
-# %% ../nbs/21_scan.ipynb #4411ad5f
+# %% ../nbs/21_scan.ipynb #c2c6b041
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -604,7 +612,7 @@ class _CppConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, w, bias, age = ctx.saved_tensors
-        gx, gw, gb = torch.zeros_like(g), w.new_zeros(len(x), *w.shape), w.new_zeros(len(x), w.shape[1])
+        gx, gw, gb = x.new_zeros(x.shape), w.new_zeros(len(x), *w.shape), w.new_zeros(len(x), w.shape[1])
         ctx.kernel.conv('conv_back', x, w, bias, age, ctx.silu, g=g.contiguous(), gx=gx, gw=gw, gb=gb)
         return None, gx, gw.sum(0), None if bias is None else gb.sum(0), None, None
 
@@ -614,9 +622,10 @@ def causal_conv(x,                # (b, l, d)
                 reset=None,       # (b, l) bool
                 activation=None): # Of the result, by its name in transformers
     "Each channel over its last k tokens, not beyond the last reset → (b, l, d)"
+    d = x.shape[2]; _check_shapes('causal_conv', w=(w, (d, w.shape[-1])), bias=(bias, (d,)), reset=(reset, x.shape[:2]))
     age, kernel, silu = None if reset is None else _age(reset), best_kernel(x), activation in ('silu', 'swish')
     if isinstance(kernel, CppScan) and x.dtype==w.dtype in (torch.float32, torch.float64) and x.numel():
-        y = _CppConv.apply(kernel, x, w.t(), None if bias is None else bias.to(x.dtype), age, silu)
+        y = _CppConv.apply(kernel, x, w.t(), None if bias is None else bias.to(x.dtype).contiguous(), age, silu)
         return y if silu else _act(y, activation)
     taps = None if reset is None else torch.stack([age>=j for j in range(1, w.shape[1])]).to(x.dtype)[...,None]
     y = _Conv.apply(x, w.t().to(x.dtype), taps)

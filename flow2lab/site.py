@@ -9,7 +9,7 @@ __all__ = ['SECTIONS', 'tags_of', 'add_tags', 'outside_code', 'callouts', 'names
            'process_nb', 'load_page', 'relink', 'resolve', 'readme', 'find_pages', 'section_page', 'axes_page',
            'link_names', 'Stage', 'build_site', 'said_aside', 'outputs']
 
-# %% ../nbs/91_site.ipynb #dd57e47f
+# %% ../nbs/91_site.ipynb #18f65210
 import ast, inspect, os, re, shutil, subprocess, sys, tempfile
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastcore.nbio import mk_cell, nb2str, read_nb, write_nb
 from nbdev.doclinks import patch_name
 from nbdev.process import NBProcessor, Processor
 from nbdev.processors import clean_magics, filter_stream_, hide_line, rm_header_dash, strip_ansi
-from .core import Axis, UserError, atomic_write, project_path
+from .core import Axis, UserError, atomic_write, check_names, project_path
 
 # %% ../nbs/91_site.ipynb #6b0f6e93
 def tags_of(directives):
@@ -352,7 +352,7 @@ def _sphinx(src, html):
     (html/'.buildinfo').unlink(missing_ok=True)
     (html/'.nojekyll').touch()
 
-# %% ../nbs/91_site.ipynb #2937f936
+# %% ../nbs/91_site.ipynb #41f63dc8
 def said_aside(nb):
     "Take what was printed to stderr out of the outputs of `nb`; whether there was any"
     was = sum(len(c.get('outputs', [])) for c in nb.cells)
@@ -363,18 +363,24 @@ def said_aside(nb):
 def outputs():
     "Run the library's notebooks and keep what they show; their number"
     run = lambda tool, *a: subprocess.run([Path(sys.executable).with_name(tool), *a], cwd=project_path(), check=True)
-    run('nbdev-test', 'nbs', '--file-re', '^[0-9]', '--save')
+    try: run('nbdev-test', 'nbs', '--file-re', '^[0-9]', '--save')
+    finally: files = _quiet()
+    run('nbdev-clean')
+    return len(files)
+
+def _quiet():
     files = sorted(project_path('nbs').glob('[0-9]*.ipynb'))
     for f in files:
         nb = read_nb(f)
         if said_aside(nb): write_nb(nb, f)
-    run('nbdev-clean')
-    return len(files)
+    return files
 
-# %% ../nbs/91_site.ipynb #35857d79
+# %% ../nbs/91_site.ipynb #08cbd9d9
 if __name__=='__main__':
     ways = dict(docs=lambda: build_site()/'index.html', readme=lambda: readme() and 'README.md', outputs=outputs)
-    try: print(ways[sys.argv[1]]())
+    try:
+        check_names('page', sys.argv[1:2] or [''], ways)
+        print(ways[sys.argv[1]]())
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)

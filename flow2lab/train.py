@@ -410,7 +410,7 @@ def label_loss(model, mb,   # A micro-batch
     # experts kept in balance: `output_router_logits` asks for it
     return loss + _base(getattr(model, 'module', model)).router_aux_loss_coef*out.aux_loss*(t!=-100).sum()/n
 
-# %% ../nbs/31_train.ipynb #f1cdc5e5
+# %% ../nbs/31_train.ipynb #c8a9c8f2
 class _RMSNorm(torch.autograd.Function):
     "x / rms(x) · w over the last dimension, inside in float32. x (..., d), w (d)"
     @staticmethod
@@ -435,6 +435,7 @@ def _fast_norm(m):
     def norm(x, m=m): return _RMSNorm.apply(x, m.weight, m.variance_epsilon)
     def gated(x, gate=None): return norm(x if gate is None else x*F.silu(gate.float()))
     f, xs = (norm, 1) if name.endswith('RMSNorm') else (gated, 2) if name.endswith('RMSNormGated') else (None, 0)
+    if not xs or not w.any(): return
     xs = torch.randn(xs, 2, len(w), device=w.device, dtype=w.dtype)
     with torch.no_grad(), contextlib.suppress(TypeError, RuntimeError):
         a, b = m(*xs), f(*xs)
@@ -449,22 +450,25 @@ def fast_norms(model):
     finally:
         for m in fs: del m.forward
 
-# %% ../nbs/31_train.ipynb #68dbfe2d
+# %% ../nbs/31_train.ipynb #ac48b1ea
 class _Linear(torch.autograd.Function):
     "x wᵀ + b and its gradients through oneDNN. x (..., k), w (n, k), b (n) or None"
     @staticmethod
     def forward(ctx, x, w, b):
-        ctx.save_for_backward(x, w)
+        need_x, need_w, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_w else None, w if need_x else None)       # no more than PyTorch keeps
         return _onednn(x, w, b)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (x, w), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad
         g = g.contiguous()                     # oneDNN has no fast way for a part of something wider
-        rows, x, dw = g.flatten(0, -2), x.flatten(0, -2), torch.zeros_like(w) if need_w else None
-        # it copies what is transposed, so not all at once, and is at its best with the smaller side for rows
-        for r,s in zip(rows.split(4096), x.split(4096)) if need_w else ():
-            dw += _onednn(r.t(), s.t()) if len(w)<=w.shape[1] else _onednn(s.t(), r.t()).t()
+        rows, dw = g.flatten(0, -2), None
+        if need_w:
+            x = x.flatten(0, -2); n, k = g.shape[-1], x.shape[-1]; dw = x.new_zeros(n, k)
+            # it copies what is transposed, so not all at once, and is at its best with the smaller side for rows
+            for r,s in zip(rows.split(4096), x.split(4096)):
+                dw += _onednn(r.t(), s.t()) if n<=k else _onednn(s.t(), r.t()).t()
         return _onednn(g, w.t()) if need_x else None, dw, rows.sum(0) if need_b else None
 
 def _onednn(x, w, b=None): return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
@@ -479,13 +483,14 @@ def _mkl_is_slow():
 def fast_fp32(model, on=None):
     "In a `with` block, linear layers of an fp32 model on an AMD processor run through oneDNN"
     linear, on = F.linear, _mkl_is_slow() if on is None else on
-    def fits(x, w):
+    def fits(x, w, b):
         return (type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
-                and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1]
-                and x.is_cpu and w.is_contiguous() and not torch.is_autocast_enabled('cpu'))
-    def faster(x, w, b=None):
-        if not fits(x, w): return linear(x, w, b)
-        return (_Linear.apply if torch.is_grad_enabled() else _onednn)(x.contiguous(), w, b)
+                and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1] and w.dim()==2 and w.numel()
+                and w.is_contiguous() and (b is None or b.is_contiguous() and b.shape==w.shape[:1])
+                and x.is_cpu and not torch.is_autocast_enabled('cpu'))
+    def faster(input, weight, bias=None):
+        if not fits(input, weight, bias): return linear(input, weight, bias)
+        return (_Linear.apply if torch.is_grad_enabled() else _onednn)(input.contiguous(), weight, bias)
     if on and model.device.type=='cpu' and model.dtype==torch.float32: F.linear = faster
     try: yield
     finally: F.linear = linear
