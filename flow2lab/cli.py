@@ -65,7 +65,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #e480b99f
+# %% ../nbs/90_cli.ipynb #afa2274d
 command = Axis('command')
 
 @command
@@ -252,8 +252,10 @@ def _fields():
 def _studies():
     "The notebooks in nbs/studies and what each asks"
     from flow2lab.study import studies
-    said = {n: [''.join(c['source']) for c in json.loads(p.read_text())['cells']] for n,p in studies().items()}
-    return {n: next((l[2:] for c in cells for l in c.splitlines() if l.startswith('> ')), '') for n,cells in said.items()}
+    def asks(p):
+        lines = (l for c in json.loads(p.read_text())['cells'] for l in ''.join(c['source']).splitlines())
+        return next((l[2:] for l in lines if l.startswith('> ')), '')
+    return {n: asks(p) for n,p in studies().items()}
 
 @command
 def estimate(

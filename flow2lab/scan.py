@@ -575,7 +575,7 @@ def ssd(x,            # (b, l, h, p) input
     if isinstance(kernel, CppScan): return _Walks.apply(kernel, x*dt[...,None], dt*A, B, C, h0, reset)
     return _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
 
-# %% ../nbs/21_scan.ipynb #c2c6b041
+# %% ../nbs/21_scan.ipynb #e30bed5d
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -622,7 +622,8 @@ def causal_conv(x,                # (b, l, d)
                 reset=None,       # (b, l) bool
                 activation=None): # Of the result, by its name in transformers
     "Each channel over its last k tokens, not beyond the last reset → (b, l, d)"
-    d = x.shape[2]; _check_shapes('causal_conv', w=(w, (d, w.shape[-1])), bias=(bias, (d,)), reset=(reset, x.shape[:2]))
+    (*rows, d), k = x.shape, w.shape[-1]
+    _check_shapes('causal_conv', w=(w, (d, k)), bias=(bias, (d,)), reset=(reset, tuple(rows)))
     age, kernel, silu = None if reset is None else _age(reset), best_kernel(x), activation in ('silu', 'swish')
     if isinstance(kernel, CppScan) and x.dtype==w.dtype in (torch.float32, torch.float64) and x.numel():
         y = _CppConv.apply(kernel, x, w.t(), None if bias is None else bias.to(x.dtype).contiguous(), age, silu)
