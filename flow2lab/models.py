@@ -155,7 +155,7 @@ def preset(base:str):
     f(size, **{f.variant: more})                     # a wrong variant is an error here, not when the model is built
     return functools.partial(f, **{f.variant: more}), size
 
-# %% ../nbs/20_models.ipynb #dbca4e79
+# %% ../nbs/20_models.ipynb #4e7c4464
 def hub_reachable(timeout=None):
     "Whether the hub's host takes a connection within `timeout` seconds"
     if os.environ.get('HF_HUB_OFFLINE', '0') in ('1', 'true', 'True'): return False
@@ -200,7 +200,9 @@ def locate(base, what='model'):     # Or tokenizer
     lost = str(base).startswith(('.', '/', '~')) or str(base).endswith('.gguf')
     if what=='tokenizer' and (lost or '/' not in str(base)):
         raise UserError(f'{base}: no tokenizer there, seen from here and from the project root. Name a folder with '
-                        'tokenizer.json, which flow2lab tokenizer train makes, or a model that has one.')
+                        'tokenizer.json, which flow2lab tokenizer train makes, or a model that has one. (A preset has '
+                        'random weights and no tokenizer: train it with task=text task_args.path=PACK '
+                        'task_args.tokenizer=FOLDER, or with flow2lab pretrain.)')
     if lost:
         raise UserError(f'{base}: no model here. A model folder holds config.json and *.safetensors; '
                         'or give a .gguf file.')

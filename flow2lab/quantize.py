@@ -558,7 +558,7 @@ def open_model(where,              # Shipped name, folder (full, quantized, adap
     if 'quantizer' in folder_info(f): return load_quantized(f, device), load_tokenizer(f)
     return load_model(f, dtype=dtype, device=device), load_tokenizer(f)
 
-# %% ../nbs/40_quantize.ipynb #6590c61c
+# %% ../nbs/40_quantize.ipynb #35f10a5e
 def merge_adapter(adapter,          # Folder of an adapter, or of the run that trained it
                   # fp32 or bf16; '' for fp32, and for a base that was quantized to quantize the result again
                   base_dtype='',
@@ -573,7 +573,8 @@ def merge_adapter(adapter,          # Folder of an adapter, or of the run that t
         raise UserError(f'{adapter}: no adapter here. Give the folder that holds adapter_config.json, '
                         "its run's folder or name, or the beginning of the run's id.")
     if not (f/'adapter_config.json').is_file():
-        raise UserError(f'{relative(f)}: holds a model, not an adapter: there is nothing to merge.')
+        raise UserError(f'{relative(f)}: holds a model, not an adapter: there is nothing to merge. '
+                        'Use it as it is, e.g. flow2lab chat.')
     name = f.parent.name if f.name=='adapter' else f.name
     to = Path(out).expanduser() if out else project_path(setting('outputs'), f'{name}-merged')
     if to.exists() and not (to/'merge.json').is_file():

@@ -698,7 +698,7 @@ def model_name(where):
     return (str(where) if not p.exists() and not str(where).startswith(('/', '.', '~')) else
             Path(parts[-1]).stem if p.suffix=='.gguf' else parts[-1])
 
-# %% ../nbs/80_serve.ipynb #d7b5d781
+# %% ../nbs/80_serve.ipynb #441d1b10
 def serve(model,                       # Shipped name, folder (full, quantized, adapter, of a run), GGUF file or hub id
           host:str='127.0.0.1',        # Another needs FLOW2LAB_TOKEN
           port:int=8000,               # 0 for a free one
@@ -716,6 +716,7 @@ def serve(model,                       # Shipped name, folder (full, quantized, 
     try: import fastapi, uvicorn
     except ImportError as e:
         raise UserError(f'serve needs {e.name}. Install it: pip install "flow2lab[serve]".') from None
+    if not 0<=port<=65535: raise UserError(f'--port {port}: a number from 0 to 65535.')
     for k,v in dict(rows=rows, time_limit=time_limit, max_tokens=max_tokens).items():
         if v<=0: raise UserError(f'--{k.replace("_", "-")} {v}: more than 0.')
     if not all(o.startswith(('http://', 'https://')) for o in _listed(allow_origin)):

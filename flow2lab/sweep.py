@@ -733,7 +733,7 @@ def blocked(spec, results):
     if r is None or r.status=='ok': return '' if r is None else None
     return f'its base {spec.base.name} ended as {r.status}: {r.message or "see its record"}'
 
-# %% ../nbs/70_sweep.ipynb #4fe9d496
+# %% ../nbs/70_sweep.ipynb #05d04211
 class _Bar:
     "Progress of a sweep on stderr"
     def __init__(self, study, total, show):
@@ -743,11 +743,13 @@ class _Bar:
         self.bar = tqdm(total=total, desc=f'{study} 0 of {total} runs', disable=not show, leave=False, smoothing=0,
                         file=sys.stderr, dynamic_ncols=self.tty, ncols=None if self.tty else 140,
                         bar_format='{desc} |{bar:20}| {elapsed} gone, {remaining} left{postfix}')
-    def begin(self, id, name): self.since[id], self.says[id] = time.monotonic(), name
+    def begin(self, id, name): self.since[id], self.says[id] = time.monotonic(), f'starting ({name})'
     def live(self, id, name):
         def told(stream, text):
             l = re.split(r'[\r\n]', text.rstrip('\r\n'))[-1].strip()
-            if l: self.says[id] = f'{re.sub(r"[0-9]+%[|].*[|] *", "", l)[:70]} ({name})'     # a bar's figures will do
+            # a bar, whose figures will do; what else is printed is in the notebook
+            if re.search(r'\d+/\d+ \[', l):
+                self.says[id] = f'{re.sub(r"[0-9]+%[|].*[|] *", "", l)[:70]} ({name})'
         return told
     def finish(self, id, ran):
         begun = self.since.pop(id); self.says.pop(id, None)
@@ -785,7 +787,7 @@ def _tidy_up(study):
             try: mend(work)
             finally: release(lock)
 
-# %% ../nbs/70_sweep.ipynb #ad2bba85
+# %% ../nbs/70_sweep.ipynb #6215dc90
 def sweep(specs,                     # Specs to run; equal ones run once
           study,                     # Folder below data/results
           jobs=None,                 # Runs at a time: None one per GPU or else one, 0 one per GPU or else per core
@@ -804,7 +806,8 @@ def sweep(specs,                     # Specs to run; equal ones run once
         while state.waiting or state.running: state.step()
     except BaseException:
         state.stop.set(); state.give_up(); n = sum(r.status in DONE for r in state.results.values())
-        print(f'\nStopped. {n} of {len(todo)} runs of {study} are recorded; the same call goes on from there.',
+        print(f'\nStopped. Recorded in {study}: {n} of {len(todo)}; the same call does the rest, '
+              'a training from its last checkpoint if train.save_every asks for them.',
               file=sys.stderr)
         raise
     finally: state.close()

@@ -141,7 +141,7 @@ def test_interrupt_says_how_to_resume(lab):
     lab.template('time.sleep(0 if seed==0 else 90)')
     p = lab.start([0, 1]); lab.wait_for('began', 2)
     p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=60)
-    assert p.returncode!=0 and '1 of 2 runs of demo are recorded' in err, err
+    assert p.returncode!=0 and 'Recorded in demo: 1 of 2' in err, err
     assert gone(lab) and lab.records() == [0] and lab.left() == []
 
 def test_two_sweeps_share_the_work(lab):
@@ -267,7 +267,7 @@ def test_interrupt_during_the_warm_up(lab):
     p = lab.start([0])
     while not (lab.root/'importing').exists(): time.sleep(0.01); assert p.poll() is None
     t = time.time(); p.send_signal(signal.SIGINT); _, err = p.communicate(timeout=60)
-    assert time.time()-t<60 and '0 of 1 runs of demo are recorded' in err and 'KeyboardInterrupt' in err, err
+    assert time.time()-t<60 and 'Recorded in demo: 0 of 1' in err and 'KeyboardInterrupt' in err, err
     assert gone(lab)
 
 def test_talkative_run(lab):
