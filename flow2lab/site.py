@@ -352,7 +352,7 @@ def _sphinx(src, html):
     (html/'.buildinfo').unlink(missing_ok=True)
     (html/'.nojekyll').touch()
 
-# %% ../nbs/91_site.ipynb #41f63dc8
+# %% ../nbs/91_site.ipynb #2c97ac70
 def said_aside(nb):
     "Take what was printed to stderr out of the outputs of `nb`; whether there was any"
     was = sum(len(c.get('outputs', [])) for c in nb.cells)
@@ -369,6 +369,7 @@ def outputs():
     return len(files)
 
 def _quiet():
+    "Take what was said aside out of the library's notebooks; their paths"
     files = sorted(project_path('nbs').glob('[0-9]*.ipynb'))
     for f in files:
         nb = read_nb(f)
