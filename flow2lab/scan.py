@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #7be36206
+# %% ../nbs/21_scan.ipynb #3770fb51
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -241,73 +241,169 @@ extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
     T* gx, T* gdt, T* gA, T* gB, T* gC, T* work, int64_t l, int64_t d, int64_t n, int64_t K, int64_t c0, int64_t c1) \
     { bwd<T>(x, dt, A, B, C, reset, hs, gy, gh, gx, gdt, gA, gB, gC, work, l, d, n, K, c0, c1); }
 
-#define EACH for (int64_t i = 0; i < R; i++) for (int k = 0; k < M; k++)
-// Mamba-2 with channels in the lanes. Forwards S_t = a_t S_{t-1} + r_t v_t', o_t = S_t' w_t; `keep` (chunks, R, n) takes the states before
-// each chunk of K tokens. Back, from the last token, S_t = a_{t+1} S_{t+1} + r_t v_t', leaving a_0 S_0. r, w (l, R); v, o (l, n); S (R, n);
-// a (l, heads): column c, counted from c0, belongs to head (c0 + c)/p
-template<class T> struct Channels { const T *r, *v, *w, *a; T *S, *o, *keep; int64_t rs, vs, ws, as, Ss, os, ks, l, R, n, K, back, c0, p; };
-template<class T, int M, bool back> static void channels(const Channels<T>& f, int64_t c, typename Vec<T>::V* s) {
-    USE; const int64_t R = f.R, n = f.n; int64_t m[M];
-    for (int k = 0; k < M; k++) m[k] = n - c - k*W < 0 ? 0 : n - c - k*W;
-    EACH s[i*M + k] = load(f.S + i*f.Ss + c + k*W, m[k]);
-    for (int64_t j = 0; j < f.l; j++) {
-        const int64_t t = back ? f.l - 1 - j : j;
-        if (!back && t % f.K == 0) { T* h = f.keep + t/f.K*R*f.ks + c; EACH store(h + i*f.ks + k*W, s[i*M + k], m[k]); }
-        const T *r = f.r + t*f.rs, *w = f.w + t*f.ws; V a[M], v[M], o[M] = {};
-        for (int k = 0; k < M; k++) {
-            const T* d = f.a + t*f.as; const int64_t x = f.c0 + c + k*W; v[k] = load(f.v + t*f.vs + c + k*W, m[k]);
-            if (f.p % W == 0 && x % W == 0) a[k] = V{} + (m[k] ? d[x/f.p] : 0);
-            else for (int64_t q = 0; q < W; q++) a[k][q] = q < m[k] ? d[(x + q)/f.p] : 0;
-        }
-        if (back) EACH { V g = s[i*M + k] + r[i]*v[k]; o[k] += w[i]*g; s[i*M + k] = a[k]*g; }
-        else      EACH { V h = a[k]*s[i*M + k] + r[i]*v[k]; o[k] += w[i]*h; s[i*M + k] = h; }
-        for (int k = 0; k < M; k++) store(f.o + t*f.os + c + k*W, o[k], m[k]);
+// O (R, N) += A (R, K) B (K, N), N in whole vectors, six rows and four vectors of O at a time in registers. A's (r, k) lies at r ar + k ak
+template<class T, int R, int M> static void tile(T* O, int64_t os, const T* A, int64_t ar, int64_t ak, const T* B, int64_t bs, int64_t K) {
+    USE; V s[R][M];
+    for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) s[r][m] = load(O + r*os + m*W, W);
+    for (int64_t k = 0; k < K; k++) {
+        V b[M]; for (int m = 0; m < M; m++) b[m] = load(B + k*bs + m*W, W);
+        for (int r = 0; r < R; r++) { const T a = A[r*ar + k*ak]; for (int m = 0; m < M; m++) s[r][m] += a*b[m]; }
     }
-    EACH store(f.S + i*f.Ss + c + k*W, s[i*M + k], m[k]);
+    for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) store(O + r*os + m*W, s[r][m], W);
 }
-// One head with the states in the lanes: the gradients of B and C (l, n), added to, and of the log decays e (l), the product of both
-// states at each token. From keep (chunks, n, R) its states are walked again, chunk by chunk from the last. u, g (l, R): input, gradient of
-// the output; a (l); G (R, n): gradient of the last state
-template<class T> struct Head { const T *u, *B, *C, *g, *a, *keep, *G; T *gB, *gC, *e; int64_t us, Bs, Cs, gs, as, ks, Gs, gBs, gCs, es, l, R, n, K; };
-template<class T, int M> static void head(const Head<T>& f, int64_t c, typename Vec<T>::V* G) {
-    USE; const int64_t R = f.R; int64_t m[M]; V* h = G + R*M;            // gradients at hand, states before each token of a chunk
-    for (int k = 0; k < M; k++) m[k] = f.n - c - k*W < 0 ? 0 : f.n - c - k*W;
-    EACH G[i*M + k] = load(f.G + i*f.Gs + c + k*W, m[k]);
-    for (int64_t j = (f.l - 1)/f.K; j >= 0; j--) {
-        const int64_t t0 = j*f.K, t1 = t0 + f.K < f.l ? t0 + f.K : f.l;
-        for (int64_t q = 0; q < M*W; q++) {
-            const T* s = f.keep + (j*f.n + c + q)*f.ks;
-            for (int64_t i = 0; i < R; i++) h[i*M + q/W][q%W] = c + q < f.n ? s[i] : 0;
+template<class T, int M> static void strip(T* O, int64_t os, const T* A, int64_t ar, int64_t ak, const T* B, int64_t bs, int64_t R, int64_t K) {
+    for (; R >= 6; R -= 6, O += 6*os, A += 6*ar) tile<T, 6, M>(O, os, A, ar, ak, B, bs, K);
+    if (R & 4) { tile<T, 4, M>(O, os, A, ar, ak, B, bs, K); O += 4*os; A += 4*ar; }
+    if (R & 2) { tile<T, 2, M>(O, os, A, ar, ak, B, bs, K); O += 2*os; A += 2*ar; }
+    if (R & 1) tile<T, 1, M>(O, os, A, ar, ak, B, bs, K);
+}
+template<class T> static void mul(T* O, int64_t os, const T* A, int64_t ar, int64_t ak, const T* B, int64_t bs, int64_t R, int64_t N, int64_t K) {
+    USE; for (; N > 0; N -= 4*W, O += 4*W, B += 4*W)
+        N > 3*W ? strip<T, 4>(O, os, A, ar, ak, B, bs, R, K) : N > 2*W ? strip<T, 3>(O, os, A, ar, ak, B, bs, R, K)
+        : N > W ? strip<T, 2>(O, os, A, ar, ak, B, bs, R, K) : strip<T, 1>(O, os, A, ar, ak, B, bs, R, K);
+}
+static inline void zip(F a, F b, F* r) {
+    r[0] = F{a[0], b[0], a[1], b[1], a[2],  b[2],  a[3],  b[3],  a[4],  b[4],  a[5],  b[5],  a[6],  b[6],  a[7],  b[7]};
+    r[1] = F{a[8], b[8], a[9], b[9], a[10], b[10], a[11], b[11], a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
+}
+static inline void zip(D a, D b, D* r) {
+    r[0] = D{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]}; r[1] = D{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+// O (C, R) = I' of I (R, C); whole: with rows of O filled up by zeros to whole vectors
+template<class T> static void flip(T* O, int64_t os, const T* I, int64_t is, int64_t R, int64_t C, bool whole) {
+    USE; V a[W], b[W];
+    for (int64_t r = 0; r < R; r += W) for (int64_t c = 0; c < C; c += W) {
+        for (int64_t i = 0; i < W; i++) a[i] = r + i < R ? load(I + (r + i)*is + c, C - c) : V{};
+        for (int64_t q = 1; q < W; q *= 2) {
+            for (int64_t i = 0; i < W/2; i++) zip(a[i], a[i + W/2], b + 2*i);
+            for (int64_t i = 0; i < W; i++) a[i] = b[i];
         }
-        for (int64_t t = t0; t < t1; t++) {
-            const T a = f.a[t*f.as], *u = f.u + t*f.us, *g = f.g + t*f.gs; T* gC = f.gC + t*f.gCs + c; V b[M], o[M], *s = h + (t - t0)*R*M, *y = s + R*M;
-            for (int k = 0; k < M; k++) { b[k] = load(f.B + t*f.Bs + c + k*W, m[k]); o[k] = load(gC + k*W, m[k]); }
-            EACH { V x = a*s[i*M + k] + u[i]*b[k]; o[k] += g[i]*x; y[i*M + k] = x; }
-            for (int k = 0; k < M; k++) store(gC + k*W, o[k], m[k]);
-        }
-        for (int64_t t = t1 - 1; t >= t0; t--) {
-            const T a = f.a[t*f.as], *u = f.u + t*f.us, *g = f.g + t*f.gs; T* gB = f.gB + t*f.gBs + c; V r[M], o[M], e[M] = {}; const V* s = h + (t - t0)*R*M;
-            for (int k = 0; k < M; k++) { r[k] = load(f.C + t*f.Cs + c + k*W, m[k]); o[k] = load(gB + k*W, m[k]); }
-            EACH { V q = G[i*M + k] + g[i]*r[k]; o[k] += u[i]*q; e[k] += s[i*M + k]*q; G[i*M + k] = a*q; }
-            for (int k = 0; k < M; k++) { store(gB + k*W, o[k], m[k]); if (k) e[0] += e[k]; }
-            T sum[W]; std::memcpy(sum, e, 64);
-            for (int64_t h = W/2; h; h /= 2) for (int64_t i = 0; i < h; i++) sum[i] += sum[i + h];
-            f.e[t*f.es] += a*sum[0];
-        }
+        for (int64_t i = 0; i < W && c + i < C; i++) store(O + (c + i)*os + r, a[i], whole ? W : R - r);
     }
 }
-template<class T, int M> static void part(const Channels<T>& f, int64_t c, typename Vec<T>::V* s) {
-    f.back ? channels<T, M, true>(f, c, s) : channels<T, M, false>(f, c, s);
+template<class T> static void widen(T* O, int64_t os, const T* I, int64_t is, int64_t R, int64_t C) {   // a copy, filled up likewise
+    USE; for (int64_t r = 0; r < R; r++) for (int64_t c = 0; c < C; c += W) store(O + r*os + c, load(I + r*is + c, C - c), W);
 }
-template<class T, int M> static void part(const Head<T>& f, int64_t c, typename Vec<T>::V* s) { head<T, M>(f, c, s); }
-template<class T, class F> static void parts(const F& f, T* work) {
-    USE; V* s = (V*)work;
-    for (int64_t c = 0, n; (n = f.n - c) > 0; c += 4*W)
-        n > 3*W ? part<T, 4>(f, c, s) : n > 2*W ? part<T, 3>(f, c, s) : n > W ? part<T, 2>(f, c, s) : part<T, 1>(f, c, s);
+template<class T> static inline void soon(const T* I, int64_t is, int64_t R, int64_t C) {                // have it fetched meanwhile
+    for (int64_t r = 0; r < R; r++) for (int64_t c = 0; c < C; c += 64/sizeof(T)) __builtin_prefetch(I + r*is + c, 0, 2);
 }
-#define WALKS(T, S) extern "C" void channels_##S(const Channels<T>* f, T* work) { parts(*f, work); } \
-    extern "C" void head_##S(const Head<T>* f, T* work) { parts(*f, work); }
-WALKS(float, f32) WALKS(double, f64)
+template<class T> static inline T total(typename Vec<T>::V v) {
+    USE; T s[W]; std::memcpy(s, &v, 64);
+    for (int64_t h = W/2; h; h /= 2) for (int64_t i = 0; i < h; i++) s[i] += s[i + h];
+    return s[0];
+}
+template<class T> static inline typename Vec<T>::V one(int64_t j, int64_t k) {                           // vector k of the j-th unit vector
+    USE; V v = {}; if (j/W == k) v[j%W] = 1; return v;
+}
+// Mamba-2, heads 0 to h of one sequence and group, in chunks of Q tokens. Within a chunk L_ij is the product of the decays after token j up to
+// i, and y = (CB' o L o dt) x + D x + what the state S before it gives. Tiles (p, Q) and (Q, Q) hold tokens in the lanes, (Q, N) and (p, N)
+// states. x, g, out (l, h, p): input, gradient of the output, output or gradient of the input; dt, a, gdt, e (l, h): steps, decays, gradients
+// of dt as a factor of x and of the log decays; B, C, gB, gC (l, n); D, gD (h); S (h, p, n): first and last state, or the gradient of the last
+// and of the first; keep (chunks, h, p, N): the states before each chunk
+const int64_t Q = 64;
+template<class T> struct Rows { T* at; int64_t step; T* operator()(int64_t r) const { return at + r*step; } };
+template<class T> struct Ssd { Rows<T> x, dt, a, B, C, D, g, S, keep, out, gdt, e, gB, gC, gD; int64_t l, h, p, n; };
+template<class T> static inline T times(const Ssd<T>& f, int64_t t0, int64_t m, int64_t j, T* dt, T* cum) {   // → the chunk's whole decay
+    T now = 1;
+    for (int64_t t = 0; t < Q; t++) { dt[t] = t < m ? f.dt(t0 + t)[j] : 0; cum[t] = t < m ? now *= f.a(t0 + t)[j] : 0; }
+    return now;
+}
+template<class T> static void ssd(const Ssd<T>& f, T* work) {
+    USE; const int64_t n = f.n, p = f.p, N = (n + W - 1)/W*W, X = Q/W;
+    T *B = work, *C = B + Q*N, *G = C + Q*N, *M = G + Q*Q, *x = M + Q*Q, *y = x + p*Q, *cum = y + p*Q, *rest = cum + Q, *dt = rest + Q, *H = dt + Q;
+    widen(H, N, f.S.at, n, f.h*p, n);
+    for (int64_t t0 = 0; t0 < f.l; t0 += Q) {
+        const int64_t m = f.l - t0 < Q ? f.l - t0 : Q;
+        widen(B, N, f.B(t0), f.B.step, m, n); flip(C, Q, f.C(t0), f.C.step, m, n, true);
+        std::memset(G, 0, Q*Q*sizeof(T)); mul(G, Q, B, N, 1, C, Q, m, m, n);            // (j, i)
+        for (int64_t j = 0; j < f.h; j++) {
+            T *S = H + j*p*N; const T D = f.D.at ? f.D.at[j] : 0, now = times(f, t0, m, j, dt, cum);
+            if (j + 1 < f.h) soon(f.x(t0) + (j + 1)*p, f.x.step, m, p);
+            flip(x, Q, f.x(t0) + j*p, f.x.step, m, p, true);
+            V r[X] = {}; T next = 0;
+            for (int64_t t = m - 1; t >= 0; t--) {                                      // r: decays from token t to the others
+                for (int64_t k = 0; k < X; k++) {
+                    const V e = one<T>(t, k); r[k] = r[k]*next + e;
+                    store(M + t*Q + k*W, r[k]*load(G + t*Q + k*W, W)*dt[t] + D*e, W);
+                }
+                rest[t] = r[(m - 1)/W][(m - 1)%W]*dt[t]; next = f.a(t0 + t)[j];
+            }
+            for (int64_t t = m; t < Q; t++) rest[t] = 0;
+            std::memset(y, 0, p*Q*sizeof(T)); mul(y, Q, S, N, 1, C, Q, p, m, n);
+            for (int64_t i = 0; i < p*Q; i += W) store(y + i, load(y + i, W)*load(cum + i%Q, W), W);
+            for (int64_t k = 0; k < m; k += W) mul(y + k, Q, x + k, Q, 1, M + k*(Q + 1), Q, p, m - k, m - k < W ? m - k : W);
+            flip(f.out(t0) + j*p, f.out.step, y, Q, p, m, false);
+            for (int64_t i = 0; i < p*Q; i += W) store(x + i, load(x + i, W)*load(rest + i%Q, W), W);
+            for (int64_t i = 0; i < p*N; i += W) {
+                const V s = load(S + i, W); store(S + i, s*now, W); if (f.keep.at) store(f.keep(t0/Q) + j*p*N + i, s, W);
+            }
+            mul(S, N, x, Q, 1, B, N, p, N, m);
+        }
+    }
+    for (int64_t i = 0; i < f.h*p; i++) std::memcpy(f.S.at + i*n, H + i*N, n*sizeof(T));
+}
+template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
+    USE; const int64_t n = f.n, p = f.p, N = (n + W - 1)/W*W, X = Q/W;
+    T *B = work, *C = B + Q*N, *BT = C + Q*N, *O = BT + Q*N, *gB = O + Q*N, *gC = gB + Q*N, *G = gC + Q*N, *U = G + Q*Q, *M = U + Q*Q, *E = M + Q*Q,
+      *x = E + Q*Q, *g = x + p*Q, *xr = g + p*Q, *gr = xr + p*Q, *gx = gr + p*Q, *cum = gx + p*Q, *dt = cum + Q, *old = dt + Q, *in = old + Q, *H = in + Q;
+    widen(H, N, f.S.at, n, f.h*p, n);                                                   // gradient of the state behind the chunk
+    for (int64_t t0 = (f.l - 1)/Q*Q; t0 >= 0; t0 -= Q) {
+        const int64_t m = f.l - t0 < Q ? f.l - t0 : Q;
+        widen(B, N, f.B(t0), f.B.step, m, n); widen(C, N, f.C(t0), f.C.step, m, n); flip(BT, Q, f.B(t0), f.B.step, m, n, true);
+        std::memset(gB, 0, 2*Q*(N + Q)*sizeof(T)); mul(G, Q, C, N, 1, BT, Q, m, m, n);  // gB, gC, G, U; G (i, j)
+        for (int64_t j = 0; j < f.h; j++) {
+            T *q = H + j*p*N, *S = f.keep(t0/Q) + j*p*N; const T D = f.D.at ? f.D.at[j] : 0, now = times(f, t0, m, j, dt, cum);
+            soon(S, N, p, N);
+            if (j + 1 < f.h) { soon(f.x(t0) + (j + 1)*p, f.x.step, m, p); soon(f.g(t0) + (j + 1)*p, f.g.step, m, p); }
+            flip(x, Q, f.x(t0) + j*p, f.x.step, m, p, true); flip(g, Q, f.g(t0) + j*p, f.g.step, m, p, true);
+            std::memset(E, 0, Q*Q*sizeof(T));                                           // g x' (i, j)
+            for (int64_t k = 0; k < m; k += W) mul(E + k*Q, Q, g + k, 1, Q, x, Q, m - k < W ? m - k : W, k + W, p);
+            V r[X] = {}, s[X] = {}; T gD = 0;
+            for (int64_t t = 0; t < m; t++) {                                           // r: decays from the others to token t
+                gD += E[t*Q + t];
+                for (int64_t k = 0; k < X; k++) {
+                    const int64_t i = t*Q + k*W; const V e = one<T>(t, k), d = load(dt + k*W, W), c = load(G + i, W); r[k] = r[k]*f.a(t0 + t)[j] + e;
+                    const V u = load(E + i, W)*r[k], z = u*c; s[k] += z;
+                    store(U + i, load(U + i, W) + u*d, W); store(E + i, z*d, W); store(M + i, c*r[k]*d + D*e, W);
+                }
+            }
+            if (f.gD.at) f.gD.at[j] += gD;
+            std::memset(gx, 0, p*Q*sizeof(T)); mul(gx, Q, q, N, 1, BT, Q, p, m, n);
+            for (int64_t k = 0; k < X; k++) {
+                const V d = load(dt + k*W, W), c = load(cum + k*W, W); V v = {};
+                for (int64_t i = k*W; i < p*Q; i += Q) {
+                    const V o = load(gx + i, W)*r[k], xi = load(x + i, W); v += xi*o;
+                    store(gx + i, o*d, W); store(xr + i, xi*r[k]*d, W); store(gr + i, load(g + i, W)*c, W);
+                }
+                for (int64_t t = k*W; t < m && t < k*W + W; t++) f.gdt(t0 + t)[j] = s[k][t%W] + v[t%W];
+                store(in + k*W, v*d, W);
+            }
+            for (int64_t k = 0; k < m; k += W) mul(gx, Q, g + k, Q, 1, M + k*Q, Q, p, k + W, m - k < W ? m - k : W);
+            flip(f.out(t0) + j*p, f.out.step, gx, Q, p, m, false);
+            std::memset(O, 0, Q*N*sizeof(T)); mul(O, N, gr, 1, Q, S, N, m, N, p); mul(gB, N, xr, 1, Q, q, N, m, N, p);
+            for (int64_t t = 0; t < m; t++) {
+                V v = {};
+                for (int64_t i = t*N; i < t*N + N; i += W) { const V o = load(O + i, W); v += o*load(C + i, W); store(gC + i, load(gC + i, W) + o, W); }
+                old[t] = total<T>(v);
+            }
+            V v = {}; for (int64_t i = 0; i < p*N; i += W) { const V h = load(q + i, W); v += h*load(S + i, W); store(q + i, h*now, W); }
+            mul(q, N, gr, Q, 1, C, N, p, N, m);
+            T behind = total<T>(v)*now, before = 0;                                     // e_t: all that reaches from before t to t or behind it
+            for (int64_t t = 0; t < m; t++) { f.e(t0 + t)[j] = before; before += in[t]; }
+            V z[X] = {};
+            for (int64_t t = m - 1; t >= 0; t--) {
+                V s = {}; for (int64_t k = 0; k < X; k++) { z[k] = (z[k] + load(E + t*Q + k*W, W))*(1 - one<T>(t, k)); s += z[k]; }
+                f.e(t0 + t)[j] += total<T>(s) + (behind += old[t]);
+            }
+        }
+        mul(gC, N, U, Q, 1, B, N, m, N, m); mul(gB, N, U, 1, Q, C, N, m, N, m);
+        for (int64_t t = 0; t < m; t++) { std::memcpy(f.gB(t0 + t), gB + t*N, n*sizeof(T)); std::memcpy(f.gC(t0 + t), gC + t*N, n*sizeof(T)); }
+    }
+    for (int64_t i = 0; i < f.h*p; i++) std::memcpy(f.S.at + i*n, H + i*N, n*sizeof(T));
+}
+#define CHUNKS(T, S) extern "C" void ssd_##S(const Ssd<T>* f, T* work) { ssd(*f, work); } \
+    extern "C" void ssd_back_##S(const Ssd<T>* f, T* work) { ssd_back(*f, work); }
+CHUNKS(float, f32) CHUNKS(double, f64)
 
 EXPORT(float, f32) EXPORT(double, f64)
 
@@ -347,7 +443,7 @@ template<class T> static void conv_back(const Conv<T>& f) {
 CONV(float, f32) CONV(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #499c6ab2
+# %% ../nbs/21_scan.ipynb #ea9ebb58
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -379,7 +475,7 @@ _ptr = lambda t: ctypes.c_void_p(None if t is None else t.data_ptr())
 class CppScan:
     "The scan compiled for this CPU: float32 and float64, states up to 256"
     name = 'c++'
-    K = 64                                            # tokens between kept states
+    K = 64                                            # tokens between kept states, and to a chunk
     def __init__(self, lib): self.lib, self.pool = ctypes.CDLL(str(lib)), None
     def takes(self, x, n): return x.device.type=='cpu' and n<=256
     def run(self, f, jobs):
@@ -423,13 +519,13 @@ class CppScan:
                       *map(ctypes.c_int64, (l, d, n, K, c0, c1)))
         self.run(f, jobs)
         return gx, gdt, gA.sum(0).t(), gB.sum(0), gC.sum(0), gh.transpose(1, 2)
-    def walk(self, name, vectors, tensors, *ints):
-        "Mamba-2's `channels` or `head` of the source: views of one sequence, their rows' strides and some numbers " \
-        "in one struct, and a work space of so many vectors"
-        fields, x = [*(t.data_ptr() for t in tensors), *(t.stride(-2) for t in tensors), *ints], tensors[0]
-        work = x.new_empty(vectors*64//x.element_size())
+    def ssd(self, name, l, h, p, n, **tensors):
+        "Mamba-2's `ssd` or `ssd_back` of the source on views of one sequence: where each begins, and the way to its next row"
+        x, N, Q = tensors['x'], -(-n//16)*16, self.K
+        views = [tensors.get(k) for k in 'x dt a B C D g S keep out gdt e gB gC gD'.split()]
+        fields = [*(v for t in views for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))), l, h, p, n]
+        work = x.new_empty(6*Q*N + 4*Q*Q + 5*p*Q + 4*Q + h*p*N)
         self.call(name, x, (ctypes.c_int64*len(fields))(*fields), _ptr(work))
-
     def conv(self, name, x, w, bias, age, silu, g=None, y=None, gx=None, gw=None, gb=None):
         (b, l, d), k = x.shape, len(w)
         def f(job):
@@ -507,48 +603,46 @@ def _products(x, dt, A, B, C, h0, reset, q):
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #1fcad86c
-class _Walks(torch.autograd.Function):
-    "Mamba-2 by the compiled kernel: inputs u (b, l, h, p), log decays a (b, l, h), B, C (b, l, g, n), h0 (b, h, p, n)"
+# %% ../nbs/21_scan.ipynb #019d7114
+class _Chunks(torch.autograd.Function):
+    "Mamba-2 by the compiled kernel: x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), D (h) or None, h0 (b, h, p, n)"
     @staticmethod
-    def forward(ctx, kernel, u, a, B, C, h0, reset):
-        (b, l, h, p), n = u.shape, B.shape[3]
-        u, a, B, C = (t.contiguous() for t in (u, a, B, C))
-        decay = a.exp() if reset is None else a.exp()*~reset[...,None]
-        keep = u.new_empty(b, -(-l//kernel.K), n, h*p)
-        y, last = _channels(kernel, B, u, C, decay, h0, keep)
-        ctx.kernel = kernel; ctx.save_for_backward(u, decay, B, C, keep)
-        return y, last
+    def forward(ctx, kernel, x, dt, A, B, C, D, h0, reset, keep):
+        (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+        x, B, C = (t if t.stride(3)==1 and t.stride(2)==t.shape[3] else t.contiguous() for t in (x, B, C))
+        D, dt, S = D if D is None else D.contiguous(), dt.contiguous(), h0.clone(memory_format=torch.contiguous_format)
+        a = (dt*A).exp_()
+        if reset is not None: a *= ~reset[...,None]
+        y = x.new_empty(x.shape)
+        keep = x.new_empty(b, -(-l//kernel.K), h, p, -(-n//16)*16) if keep else None
+        def f(job):
+            i, k, r, _ = job
+            kernel.ssd('ssd', l, r.stop-r.start, p, n, x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k],
+                       D=D if D is None else D[r], S=S[i,r], keep=None if keep is None else keep[i,:,r], out=y[i,:,r])
+        kernel.run(f, _heads(kernel, b, g, h))
+        ctx.kernel = kernel; ctx.save_for_backward(x, dt, A, a, B, C, D, keep)
+        return y, S
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast):
-        u, decay, B, C, keep = ctx.saved_tensors; kernel = ctx.kernel
-        (b, l, h, p), (g, n), K = u.shape, B.shape[2:], kernel.K
-        gy, glast = gy.contiguous(), glast.contiguous()
-        gu, gh0 = _channels(kernel, C, gy, B, decay, glast, keep, back=True)
+        x, dt, A, a, B, C, D, keep = ctx.saved_tensors; kernel = ctx.kernel
+        (b, l, h, p), (g, n) = x.shape, B.shape[2:]; jobs = _heads(kernel, b, g, h)
+        gy, S = gy.contiguous(), glast.clone(memory_format=torch.contiguous_format)
+        gx, gdt, e, gD = x.new_empty(x.shape), torch.empty_like(dt), torch.empty_like(dt), dt.new_zeros(b, h)
         # B's and C's gradients are sums over a group's heads
-        jobs = kernel.jobs(b*g, h//g, 1); parts = max(j[3] for j in jobs)+1
-        (gB, gC), e = B.new_zeros(2, parts, *B.shape), torch.zeros_like(decay)
+        gB, gC = B.new_empty(2, max(j[3] for j in jobs)+1, *B.shape)
         def f(job):
-            i, first, last, part = job; i, k = divmod(i, g)
-            for j in range(k*h//g+first, k*h//g+last):
-                kernel.walk('head', 4*p*(K+2), (u[i,:,j], B[i,:,k], C[i,:,k], gy[i,:,j], decay[i,:,j:j+1],
-                                                keep[i,:,:,j*p:j*p+p], glast[i,j],
-                                                gB[part,i,:,k], gC[part,i,:,k], e[i,:,j:j+1]), l, p, n, K)
+            i, k, r, part = job
+            kernel.ssd('ssd_back', l, r.stop-r.start, p, n, x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k],
+                       D=D if D is None else D[r], g=gy[i,:,r], S=S[i,r], keep=keep[i,:,r], out=gx[i,:,r],
+                       gdt=gdt[i,:,r], e=e[i,:,r], gB=gB[part,i,:,k], gC=gC[part,i,:,k], gD=gD[i,r])
         kernel.run(f, jobs)
-        return None, gu, e, gB.sum(0), gC.sum(0), gh0, None
+        gA, gdt = (e*dt).sum((0, 1)), gdt.addcmul_(e, A)
+        return None, gx, gdt, gA, gB.sum(0), gC.sum(0), None if D is None else gD.sum(0), S, None, None
 
-def _channels(kernel, r, v, w, decay, h0, keep, back=False):
-    "Walk with the channels in the lanes → what is read (b, l, h, p), last state (b, h, p, n)"
-    (b, l, h, p), (g, n) = v.shape, r.shape[2:]; d = h//g*p
-    S, o = h0.flatten(1, 2).mT.clone(memory_format=torch.contiguous_format), torch.empty_like(v)   # S (b, n, h p)
-    v, out = v.flatten(2), o.flatten(2)
-    def f(job):
-        i, c0, c1, _ = job; i, k = divmod(i, g); c = slice(k*d+c0, k*d+c1)
-        kernel.walk('channels', 4*n, (r[i,:,k], v[i,:,c], w[i,:,k], decay[i], S[i,:,c], out[i,:,c], keep[i,:,:,c]),
-                    l, n, c1-c0, kernel.K, back, c.start, p)
-    kernel.run(f, kernel.jobs(b*g, d))
-    return o, S.mT.unflatten(1, (h, p)).contiguous()
+def _heads(kernel, b, g, h):
+    "Jobs: (sequence, group, a slice of its heads, part)"
+    return [(i//g, i%g, slice(i%g*h//g+first, i%g*h//g+last), part) for i,first,last,part in kernel.jobs(b*g, h//g, 1)]
 
 def _check_shapes(name, fits=True, **tensors):      # name=(tensor or None, shape): the kernels read without looking
     wrong = [f'{k} {tuple(t.shape)} instead of {s}' for k,(t,s) in tensors.items() if t is not None and t.shape!=s]
@@ -561,19 +655,23 @@ def ssd(x,            # (b, l, h, p) input
         B, C,         # (b, l, g, n), one for each group of heads
         h0=None,      # (b, h, p, n) state to begin with
         reset=None,   # (b, l) bool: forget the state before this token
-        chunk=None):  # Tokens to a chunk of the matrix products (64); the result does not depend on it
-    "Mamba-2's scan (state space duality, arXiv:2405.21060): on a CPU walked by the compiled kernel, " \
-    "elsewhere, or with `chunk`, as matrix products (section 6) → y (b, l, h, p), last state (b, h, p, n)"
+        D=None,       # (h) what of the input is added to the output
+        chunk=None):  # Tokens to a chunk of PyTorch's products (64); the result does not depend on it
+    "Mamba-2's scan as matrix products (state space duality, arXiv:2405.21060, section 6), on a CPU by the " \
+    "compiled kernel, elsewhere, or with `chunk`, by PyTorch → y (b, l, h, p), last state (b, h, p, n)"
     T = torch.float64 if x.dtype==torch.float64 else torch.float32
-    x, dt, A, B, C = (t.to(T) for t in (x, dt, A, B, C))
+    x, dt, A, B, C = (t.to(T) for t in (x, dt, A, B, C)); D = D if D is None else D.to(T)
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     h0 = x.new_zeros(b, h, p, n) if h0 is None else h0.to(x)
     _check_shapes('ssd', h%g==0, dt=(dt, (b, l, h)), A=(A, (h,)), B=(B, (b, l, g, n)), C=(C, (b, l, g, n)),
-                  h0=(h0, (b, h, p, n)), reset=(reset, (b, l)))
+                  D=(D, (h,)), h0=(h0, (b, h, p, n)), reset=(reset, (b, l)))
     if not x.shape[1]: return x.clone(), h0
     kernel = None if chunk else best_kernel(x)
-    if isinstance(kernel, CppScan): return _Walks.apply(kernel, x*dt[...,None], dt*A, B, C, h0, reset)
-    return _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
+    if isinstance(kernel, CppScan):
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, h0) + (() if D is None else (D,)))
+        return _Chunks.apply(kernel, x, dt, A, B, C, D, h0, reset, keep)
+    y, h = _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
+    return y if D is None else y + x*D[:,None], h
 
 # %% ../nbs/21_scan.ipynb #e30bed5d
 def _age(reset):
@@ -636,7 +734,7 @@ def _act(y, activation):
     from transformers.activations import ACT2FN
     return y if activation is None else ACT2FN[activation](y)
 
-# %% ../nbs/21_scan.ipynb #31b4d747
+# %% ../nbs/21_scan.ipynb #8e1bec65
 def _docs(state, l):
     "The resets of the running forward pass, if they are for sequences of this length"
     return state.reset if state.reset is not None and state.reset.shape[1]==l else None
@@ -663,10 +761,7 @@ def _replacements(state):
         if dt_bias is not None: dt = dt + dt_bias.to(dt.dtype)
         if dt_softplus: dt = F.softplus(dt)
         if tuple(dt_limit)!=(0.0, math.inf): dt = dt.clamp(*dt_limit)
-        x = hidden_states.float()
-        y, h = ssd(x, dt, A, B, C, initial_states, _docs(state, x.shape[1]))
-        if D is not None: y = y + x*D[:,None]
-        y = y.contiguous()
+        y, h = ssd(hidden_states.float(), dt, A, B, C, initial_states, _docs(state, dt.shape[1]), D)
         return (y, h) if return_final_states else y
     return locals() | dict(state=None)
 
