@@ -6,10 +6,10 @@ Docs: https://flow2lab.github.io/flow2lab/scan.html.md"""
 
 # %% auto #0
 __all__ = ['naive_scan', 'TorchScan', 'selective_scan', 'best_kernel', 'cache_dir', 'build', 'CppScan', 'compiled', 'ssd',
-           'causal_conv', 'mamba_blocks', 'fast_scan']
+           'causal_conv', 'gated_norm', 'mamba_blocks', 'fast_scan']
 
-# %% ../nbs/21_scan.ipynb #723cf163
-import ctypes, hashlib, inspect, math, os, platform, shutil, subprocess, types
+# %% ../nbs/21_scan.ipynb #2d2f05e0
+import ctypes, hashlib, inspect, math, os, platform, shutil, struct, subprocess, types
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #3770fb51
+# %% ../nbs/21_scan.ipynb #f8e517b6
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -284,8 +284,9 @@ template<class T> static void flip(T* O, int64_t os, const T* I, int64_t is, int
 template<class T> static void widen(T* O, int64_t os, const T* I, int64_t is, int64_t R, int64_t C) {   // a copy, filled up likewise
     USE; for (int64_t r = 0; r < R; r++) for (int64_t c = 0; c < C; c += W) store(O + r*os + c, load(I + r*is + c, C - c), W);
 }
+template<int write = 0, class T> static inline void soon(const T* p) { __builtin_prefetch(p + 256/sizeof(T), write); }
 template<class T> static inline void soon(const T* I, int64_t is, int64_t R, int64_t C) {                // have it fetched meanwhile
-    for (int64_t r = 0; r < R; r++) for (int64_t c = 0; c < C; c += 64/sizeof(T)) __builtin_prefetch(I + r*is + c, 0, 2);
+    for (int64_t r = 0; r < R; r++) for (int64_t c = 0; c < C; c += 64/sizeof(T)) __builtin_prefetch(I + r*is + c);
 }
 template<class T> static inline T total(typename Vec<T>::V v) {
     USE; T s[W]; std::memcpy(s, &v, 64);
@@ -407,43 +408,80 @@ CHUNKS(float, f32) CHUNKS(double, f64)
 
 EXPORT(float, f32) EXPORT(double, f64)
 
-// The convolution of channels c0 to c1 over a token and those before it in its document: age (l) of them at most, or null. y = z or silu(z),
-// z_t = bias + sum_j w_{k-1-j} x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (k, d), bias, gb (d)
-template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb; const int64_t* age; int64_t xs, l, d, k, silu, c0, c1; };
-template<class T> static inline int64_t taps(const Conv<T>& f, int64_t t) {
-    const int64_t n = f.age && f.age[t] < t ? f.age[t] : t; return (n < f.k - 1 ? n : f.k - 1) + 1;
-}
-template<class T> static inline typename Vec<T>::V tap_sum(const Conv<T>& f, int64_t t, int64_t n, int64_t c, int64_t m) {
-    USE; V z = f.bias ? load(f.bias + c, m) : V{};
-    for (int64_t j = 0; j < n; j++) z += load(f.w + (f.k-1-j)*f.d + c, m)*load(f.x + (t-j)*f.xs + c, m);
-    return z;
-}
+// The convolution of channels c0 to c1 over a token and the K - 1 before it in its document. y = z or silu(z), z_t = bias + sum_j w_{K-1-j}
+// x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors. A window of tokens stays in registers; a
+// token that begins a document finds it empty. 32 tokens at a time; what lies beside a vector is fetched while it is worked on
+template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, l, d, silu, c0, c1; };
 template<class T> static inline typename Vec<T>::V sigmoid(typename Vec<T>::V z) {
     USE; const V e = vexp(z < 0 ? z : -z); return (z < 0 ? e : V{} + 1)/(1 + e);
 }
-template<class T> static void conv(const Conv<T>& f) {
-    USE;
-    for (int64_t t = 0; t < f.l; t++) for (int64_t c = f.c0, n = taps(f, t); c < f.c1; c += W) {
-        const V z = tap_sum(f, t, n, c, f.c1 - c); store(f.y + t*f.d + c, f.silu ? z*sigmoid<T>(z) : z, f.c1 - c);
+template<class T, int K, class F> static inline void convolve(const Conv<T>& f, int64_t t0, int64_t t1, int64_t c, int64_t m, const typename Vec<T>::V* w, F token) {
+    USE; V x[K] = {}; const V b = f.bias ? load(f.bias + c, m) : V{};
+    for (int64_t t = t0 < K ? 0 : t0 - K + 1; t < t1; t++) {
+        for (int j = K - 1; j; j--) x[j] = f.reset && f.reset[t] ? V{} : x[j-1];
+        x[0] = load(f.x + t*f.xs + c, m); soon(f.x + t*f.xs + c); V z = b; for (int j = 0; j < K; j++) z += w[K-1-j]*x[j];
+        if (t >= t0) token(t, z, x);
     }
 }
-template<class T> static void conv_back(const Conv<T>& f) {
-    USE; const auto add = [](T* p, V v, int64_t m) { store(p, load(p, m) + v, m); };
-    for (int64_t t = 0; t < f.l; t++) for (int64_t c = f.c0, n = taps(f, t); c < f.c1; c += W) {
-        const int64_t m = f.c1 - c; V g = load(f.g + t*f.d + c, m);
-        if (f.silu) { const V z = tap_sum(f, t, n, c, m), s = sigmoid<T>(z); g *= s*(1 + z*(1 - s)); }
-        add(f.gb + c, g, m);
-        for (int64_t j = 0; j < n; j++) {
-            const int64_t w = (f.k-1-j)*f.d + c;
-            add(f.gx + (t-j)*f.d + c, g*load(f.w + w, m), m); add(f.gw + w, g*load(f.x + (t-j)*f.xs + c, m), m);
+#define TILES const int64_t S = 32; V w[K]; for (int64_t t0 = (f.l - 1)/S*S; t0 >= 0; t0 -= S) for (int64_t c = f.c0; c < f.c1; c += W) { \
+    const int64_t t1 = t0 + S < f.l ? t0 + S : f.l, m = f.c1 - c; for (int j = 0; j < K; j++) w[j] = load(f.w + j*f.d + c, m);
+template<class T, int K> static void conv(const Conv<T>& f) {
+    USE; TILES
+        convolve<T, K>(f, t0, t1, c, m, w, [&](int64_t t, V z, const V*) {
+            T* y = f.y + t*f.d + c; store(y, f.silu ? z*sigmoid<T>(z) : z, m); soon<1>(y);
+        });
+    }
+}
+template<class T, int K> static void conv_back(const Conv<T>& f) {
+    USE; TILES
+        V gw[K], gb = load(f.gb + c, m), gz[S], a[K], *ahead = (V*)f.ahead + (c - f.c0)/W*K;
+        for (int j = 0; j < K; j++) { gw[j] = load(f.gw + j*f.d + c, m); a[j] = ahead[j]; }
+        convolve<T, K>(f, t0, t1, c, m, w, [&](int64_t t, V z, const V* x) {
+            V g = load(f.g + t*f.d + c, m); soon(f.g + t*f.d + c); if (f.silu) { const V s = sigmoid<T>(z); g *= s*(1 + z*(1 - s)); }
+            gz[t - t0] = g; gb += g; for (int j = 0; j < K; j++) gw[K-1-j] += g*x[j];
+        });
+        for (int64_t t = t1 - 1; t >= t0; t--) {
+            for (int j = K - 1; j; j--) a[j] = a[j-1];
+            a[0] = gz[t - t0]; V g = {}; for (int j = 0; j < K; j++) g += w[K-1-j]*a[j];
+            store(f.gx + t*f.d + c, g, m); soon<1>(f.gx + t*f.d + c); if (f.reset && f.reset[t]) for (int j = 0; j < K; j++) a[j] = V{};
         }
+        store(f.gb + c, gb, m); for (int j = 0; j < K; j++) { store(f.gw + j*f.d + c, gw[j], m); ahead[j] = a[j]; }
     }
 }
-#define CONV(T, S) extern "C" void conv_##S(const Conv<T>* f) { conv(*f); } extern "C" void conv_back_##S(const Conv<T>* f) { conv_back(*f); }
-CONV(float, f32) CONV(double, f64)
+#define CONV(T, S, K) extern "C" void conv##K##_##S(const Conv<T>* f) { conv<T, K>(*f); } \
+    extern "C" void conv_back##K##_##S(const Conv<T>* f) { conv_back<T, K>(*f); }
+CONV(float, f32, 4) CONV(double, f64, 4) CONV(float, f32, 8) CONV(double, f64, 8)
+
+// Mamba-2's norm of u = x silu(z), token by token: y = u r w with r = 1/rms(u), and back. x, z, g (gradient of y), y, gx, gz (l, d); w, gw (d)
+template<class T> struct Norm { const T *x, *z, *w, *g; T *y, *gx, *gz, *gw; int64_t xs, zs, gs, ys, l, d; double eps; };
+template<class T, class F> static inline void each(int64_t d, F f) { USE; for (int64_t c = 0; c < d; c += W) f(c, d - c); }
+template<class T> static void norm(const Norm<T>& f) {
+    USE; for (int64_t t = 0; t < f.l; t++) {
+        const T *x = f.x + t*f.xs, *z = f.z + t*f.zs; T* y = f.y + t*f.ys; V s = {};
+        each<T>(f.d, [&](int64_t c, int64_t m) { const V g = load(z + c, m), u = load(x + c, m)*g*sigmoid<T>(g); s += u*u; store(y + c, u, m); });
+        const T r = 1/std::sqrt(total<T>(s)/f.d + (T)f.eps);
+        each<T>(f.d, [&](int64_t c, int64_t m) { store(y + c, load(y + c, m)*r*load(f.w + c, m), m); });
+    }
+}
+template<class T> static void norm_back(const Norm<T>& f) {
+    USE; for (int64_t t = 0; t < f.l; t++) {
+        const T *x = f.x + t*f.xs, *z = f.z + t*f.zs, *g = f.g + t*f.gs; T *gx = f.gx + t*f.d, *gz = f.gz + t*f.d; V s = {}, q = {};
+        each<T>(f.d, [&](int64_t c, int64_t m) {                                        // for now silu(z) and its slope
+            const V v = load(z + c, m), k = sigmoid<T>(v), u = load(x + c, m)*v*k; s += u*u; q += u*load(g + c, m)*load(f.w + c, m);
+            store(gx + c, v*k, m); store(gz + c, k*(1 + v*(1 - k)), m);
+        });
+        const T r = 1/std::sqrt(total<T>(s)/f.d + (T)f.eps), a = total<T>(q)*r*r/f.d;
+        each<T>(f.d, [&](int64_t c, int64_t m) {
+            const V v = load(x + c, m), k = load(gx + c, m), u = v*k, h = load(g + c, m), gu = (h*load(f.w + c, m) - u*a)*r;
+            store(f.gw + c, load(f.gw + c, m) + h*u*r, m); store(gx + c, gu*k, m); store(gz + c, gu*v*load(gz + c, m), m);
+        });
+    }
+}
+#define NORM(T, S) extern "C" void norm_##S(const Norm<T>* f) { norm(*f); } extern "C" void norm_back_##S(const Norm<T>* f) { norm_back(*f); }
+NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #ea9ebb58
+# %% ../nbs/21_scan.ipynb #9e60d34c
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -526,14 +564,24 @@ class CppScan:
         fields = [*(v for t in views for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))), l, h, p, n]
         work = x.new_empty(6*Q*N + 4*Q*Q + 5*p*Q + 4*Q + h*p*N)
         self.call(name, x, (ctypes.c_int64*len(fields))(*fields), _ptr(work))
-    def conv(self, name, x, w, bias, age, silu, g=None, y=None, gx=None, gw=None, gb=None):
+    def conv(self, name, x, w, bias, reset, silu, g=None, y=None, gx=None, gw=None, gb=None):
         (b, l, d), k = x.shape, len(w)
         def f(job):
             i, c0, c1, _ = job; at = lambda t: 0 if t is None else t[i].data_ptr()
-            fields = (at(x), w.data_ptr(), 0 if bias is None else bias.data_ptr(), *map(at, (g, y, gx, gw, gb, age)),
-                      x.stride(1), l, d, k, silu, c0, c1)
-            self.call(name, x, (ctypes.c_int64*len(fields))(*fields))
+            ahead = x.new_zeros(k, -(-(c1-c0)//16)*16)
+            fields = (at(x), w.data_ptr(), 0 if bias is None else bias.data_ptr(), *map(at, (g, y, gx, gw, gb)), ahead.data_ptr(),
+                      at(reset), x.stride(1), l, d, silu, c0, c1)
+            self.call(f'{name}{k}', x, (ctypes.c_int64*len(fields))(*fields))
         self.run(f, self.jobs(b, d))
+
+    def norm(self, name, x, z, w, eps, g=None, y=None, gx=None, gz=None, gw=None):
+        (l, d), e = x.shape, struct.unpack('q', struct.pack('d', eps))[0]
+        def f(job):
+            _, t0, t1, part = job; at = lambda t: 0 if t is None else t[t0:].data_ptr()
+            fields = (at(x), at(z), w.data_ptr(), *map(at, (g, y, gx, gz)), 0 if gw is None else gw[part].data_ptr(),
+                      *(0 if t is None else t.stride(0) for t in (x, z, g, y)), t1-t0, d, e)
+            self.call(name, x, (ctypes.c_int64*len(fields))(*fields))
+        self.run(f, self.jobs(1, l))
 
 @lru_cache
 def compiled():
@@ -673,7 +721,7 @@ def ssd(x,            # (b, l, h, p) input
     y, h = _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
     return y if D is None else y + x*D[:,None], h
 
-# %% ../nbs/21_scan.ipynb #e30bed5d
+# %% ../nbs/21_scan.ipynb #dbded21a
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -698,21 +746,21 @@ class _Conv(torch.autograd.Function):
         return gx, gw, None
 
 class _CppConv(torch.autograd.Function):
-    "The convolution and its activation by the compiled kernel: x (b, l, d), w (k, d), bias (d) or None"
+    "The convolution and its activation by the compiled kernel: x (b, l, d), w (k, d), bias (d) or None, reset (b, l)"
     @staticmethod
-    def forward(ctx, kernel, x, w, bias, age, silu):
-        x, w = x if x.stride(2)==1 else x.contiguous(), w.contiguous()
-        y = x.new_empty(x.shape)
-        kernel.conv('conv', x, w, bias, age, silu, y=y)
-        ctx.kernel, ctx.silu = kernel, silu; ctx.save_for_backward(x, w, bias, age)
+    def forward(ctx, kernel, x, w, bias, reset, silu):
+        x, y = x if x.stride(2)==1 else x.contiguous(), x.new_empty(x.shape)
+        ctx.k, w = len(w), F.pad(w, (0, 0, -len(w)%4, 0)).contiguous()              # windows of 4 or 8 tokens
+        kernel.conv('conv', x, w, bias, reset, silu, y=y)
+        ctx.kernel, ctx.silu = kernel, silu; ctx.save_for_backward(x, w, bias, reset)
         return y
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, w, bias, age = ctx.saved_tensors
-        gx, gw, gb = x.new_zeros(x.shape), w.new_zeros(len(x), *w.shape), w.new_zeros(len(x), w.shape[1])
-        ctx.kernel.conv('conv_back', x, w, bias, age, ctx.silu, g=g.contiguous(), gx=gx, gw=gw, gb=gb)
-        return None, gx, gw.sum(0), None if bias is None else gb.sum(0), None, None
+        x, w, bias, reset = ctx.saved_tensors
+        gx, gw, gb = x.new_empty(x.shape), w.new_zeros(len(x), *w.shape), w.new_zeros(len(x), w.shape[1])
+        ctx.kernel.conv('conv_back', x, w, bias, reset, ctx.silu, g=g.contiguous(), gx=gx, gw=gw, gb=gb)
+        return None, gx, gw.sum(0)[-ctx.k:], None if bias is None else gb.sum(0), None, None
 
 def causal_conv(x,                # (b, l, d)
                 w,                # (d, k)
@@ -722,17 +770,53 @@ def causal_conv(x,                # (b, l, d)
     "Each channel over its last k tokens, not beyond the last reset → (b, l, d)"
     (*rows, d), k = x.shape, w.shape[-1]
     _check_shapes('causal_conv', w=(w, (d, k)), bias=(bias, (d,)), reset=(reset, tuple(rows)))
-    age, kernel, silu = None if reset is None else _age(reset), best_kernel(x), activation in ('silu', 'swish')
-    if isinstance(kernel, CppScan) and x.dtype==w.dtype in (torch.float32, torch.float64) and x.numel():
-        y = _CppConv.apply(kernel, x, w.t(), None if bias is None else bias.to(x.dtype).contiguous(), age, silu)
+    kernel, silu = best_kernel(x), activation in ('silu', 'swish')
+    if isinstance(kernel, CppScan) and x.dtype==w.dtype in (torch.float32, torch.float64) and x.numel() and k<=8:
+        bias, reset = bias if bias is None else bias.to(x.dtype).contiguous(), reset if reset is None else reset.contiguous()
+        y = _CppConv.apply(kernel, x, w.t(), bias, reset, silu)
         return y if silu else _act(y, activation)
-    taps = None if reset is None else torch.stack([age>=j for j in range(1, w.shape[1])]).to(x.dtype)[...,None]
+    taps = None if reset is None else torch.stack([_age(reset)>=j for j in range(1, k)]).to(x.dtype)[...,None]
     y = _Conv.apply(x, w.t().to(x.dtype), taps)
     return _act(y if bias is None else y + bias.to(y.dtype), activation)
 
 def _act(y, activation):
     from transformers.activations import ACT2FN
     return y if activation is None else ACT2FN[activation](y)
+
+# %% ../nbs/21_scan.ipynb #98061421
+class _CppNorm(torch.autograd.Function):
+    "x, gate (..., d), w (d) → RMSNorm of x·silu(gate) by the compiled kernel"
+    @staticmethod
+    def forward(ctx, kernel, x, gate, w, eps):
+        x, gate = (_rows(t) for t in (x, gate)); y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernel.norm('norm', *(t.flatten(0, -2) for t in (x, gate)), w, eps, y=y.view(-1, len(w)))
+        ctx.kernel, ctx.eps = kernel, eps; ctx.save_for_backward(x, gate, w)
+        return y
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, gate, w = ctx.saved_tensors
+        (gx, gz), gw = x.new_empty(2, *x.shape), w.new_zeros(torch.get_num_threads(), len(w))
+        ctx.kernel.norm('norm_back', *(t.flatten(0, -2) for t in (x, gate)), w, ctx.eps, g=_rows(g).flatten(0, -2),
+                        gx=gx.view(-1, len(w)), gz=gz.view(-1, len(w)), gw=gw)
+        return None, gx, gz, gw.sum(0), None
+
+def _rows(t):
+    "`t` itself if its last dimension lies in one piece and the others are one row of such pieces"
+    even = all(t.stride(i)==t.stride(i+1)*t.shape[i+1] for i in range(t.dim()-2))
+    return t if t.stride(-1)==1 and even else t.contiguous()
+
+def gated_norm(x, gate,    # (..., d)
+               weight,     # (d)
+               eps,        # Added to the mean square
+               norm=None): # What norms x·silu(gate) where nothing is compiled; otherwise PyTorch's `rms_norm`
+    "Mamba-2's norm of x·silu(gate) → (..., d)"
+    kernel = best_kernel(x)
+    if isinstance(kernel, CppScan) and x.dtype==gate.dtype==weight.dtype in (torch.float32, torch.float64) and x.dim()>1 and x.numel():
+        _check_shapes('gated_norm', gate=(gate, tuple(x.shape)), weight=(weight, tuple(x.shape[-1:])))
+        return _CppNorm.apply(kernel, x, gate, weight.contiguous(), eps)
+    y = x*F.silu(gate.to(torch.promote_types(gate.dtype, torch.float32)))
+    return norm(y) if norm else F.rms_norm(y, weight.shape, weight, eps)
 
 # %% ../nbs/21_scan.ipynb #8e1bec65
 def _docs(state, l):

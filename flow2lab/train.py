@@ -12,7 +12,7 @@ __all__ = ['SCHEDULES', 'TOLD', 'prompt_text', 'turn_text', 'encode_row', 'Sampl
            'run_key', 'card', 'quiet', 'TrainResult', 'is_oom', 'oom_advice', 'fit', 'training_flops', 'free_memory',
            'Labels', 'count_steps', 'matmul_peak', 'cost_teller']
 
-# %% ../nbs/31_train.ipynb #dd4619ee
+# %% ../nbs/31_train.ipynb #5e55f2b0
 import contextlib, functools, gc, hashlib, inspect, json, os, platform, shutil, tempfile, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, TrainerCallback, TrainingArguments
 from .core import *
 from .models import PeakMemory, flops_per_token
-from .scan import fast_scan
+from .scan import fast_scan, gated_norm
 
 # %% ../nbs/31_train.ipynb #d58679bf
 def prompt_text(tok, messages):
@@ -410,7 +410,7 @@ def label_loss(model, mb,   # A micro-batch
     # experts kept in balance: `output_router_logits` asks for it
     return loss + _base(getattr(model, 'module', model)).router_aux_loss_coef*out.aux_loss*(t!=-100).sum()/n
 
-# %% ../nbs/31_train.ipynb #c8a9c8f2
+# %% ../nbs/31_train.ipynb #c78f8bdb
 class _RMSNorm(torch.autograd.Function):
     "x / rms(x) · w over the last dimension, inside in float32. x (..., d), w (d)"
     @staticmethod
@@ -433,7 +433,7 @@ def _fast_norm(m):
     w, eps, name = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None), type(m).__name__
     if eps is None or w is None or w.dim()!=1 or w.is_meta: return
     def norm(x, m=m): return _RMSNorm.apply(x, m.weight, m.variance_epsilon)
-    def gated(x, gate=None): return norm(x if gate is None else x*F.silu(gate.float()))
+    def gated(x, gate=None): return norm(x) if gate is None else gated_norm(x, gate, m.weight, eps, norm)
     f, xs = (norm, 1) if name.endswith('RMSNorm') else (gated, 2) if name.endswith('RMSNormGated') else (None, 0)
     if not xs or not w.any(): return
     xs = torch.randn(xs, 2, len(w), device=w.device, dtype=w.dtype)
@@ -450,7 +450,7 @@ def fast_norms(model):
     finally:
         for m in fs: del m.forward
 
-# %% ../nbs/31_train.ipynb #ac48b1ea
+# %% ../nbs/31_train.ipynb #b9e178a4
 class _Linear(torch.autograd.Function):
     "x wᵀ + b and its gradients through oneDNN. x (..., k), w (n, k), b (n) or None"
     @staticmethod
@@ -465,10 +465,11 @@ class _Linear(torch.autograd.Function):
         g = g.contiguous()                     # oneDNN has no fast way for a part of something wider
         rows, dw = g.flatten(0, -2), None
         if need_w:
-            x = x.flatten(0, -2); n, k = g.shape[-1], x.shape[-1]; dw = x.new_zeros(n, k)
+            x = x.flatten(0, -2); n, k = g.shape[-1], x.shape[-1]
             # it copies what is transposed, so not all at once, and is at its best with the smaller side for rows
             for r,s in zip(rows.split(4096), x.split(4096)):
-                dw += _onednn(r.t(), s.t()) if n<=k else _onednn(s.t(), r.t()).t()
+                part = _onednn(r.t(), s.t()) if n<=k else _onednn(s.t(), r.t()).t().contiguous()
+                dw = part if dw is None else dw.add_(part)
         return _onednn(g, w.t()) if need_x else None, dw, rows.sum(0) if need_b else None
 
 def _onednn(x, w, b=None): return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
