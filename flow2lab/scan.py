@@ -6,7 +6,7 @@ Docs: https://flow2lab.github.io/flow2lab/scan.html.md"""
 
 # %% auto #0
 __all__ = ['naive_scan', 'TorchScan', 'selective_scan', 'best_kernel', 'cache_dir', 'build', 'CppScan', 'compiled', 'ssd',
-           'causal_conv', 'gated_norm', 'mamba_blocks', 'fast_scan']
+           'causal_conv', 'gated_norm', 'is_gated_norm', 'mamba_blocks', 'fast_scan']
 
 # %% ../nbs/21_scan.ipynb #2d2f05e0
 import ctypes, hashlib, inspect, math, os, platform, shutil, struct, subprocess, types
@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #f8e517b6
+# %% ../nbs/21_scan.ipynb #2129db99
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -409,9 +409,9 @@ CHUNKS(float, f32) CHUNKS(double, f64)
 EXPORT(float, f32) EXPORT(double, f64)
 
 // The convolution of channels c0 to c1 over a token and the K - 1 before it in its document. y = z or silu(z), z_t = bias + sum_j w_{K-1-j}
-// x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors. A window of tokens stays in registers; a
+// x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors; ys is the way to the next row of y or gx, and gx may be g. A window of tokens stays in registers; a
 // token that begins a document finds it empty. 32 tokens at a time; what lies beside a vector is fetched while it is worked on
-template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, l, d, silu, c0, c1; };
+template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, gs, ys, l, d, silu, c0, c1; };
 template<class T> static inline typename Vec<T>::V sigmoid(typename Vec<T>::V z) {
     USE; const V e = vexp(z < 0 ? z : -z); return (z < 0 ? e : V{} + 1)/(1 + e);
 }
@@ -428,7 +428,7 @@ template<class T, int K, class F> static inline void convolve(const Conv<T>& f, 
 template<class T, int K> static void conv(const Conv<T>& f) {
     USE; TILES
         convolve<T, K>(f, t0, t1, c, m, w, [&](int64_t t, V z, const V*) {
-            T* y = f.y + t*f.d + c; store(y, f.silu ? z*sigmoid<T>(z) : z, m); soon<1>(y);
+            T* y = f.y + t*f.ys + c; store(y, f.silu ? z*sigmoid<T>(z) : z, m); soon<1>(y);
         });
     }
 }
@@ -437,13 +437,13 @@ template<class T, int K> static void conv_back(const Conv<T>& f) {
         V gw[K], gb = load(f.gb + c, m), gz[S], a[K], *ahead = (V*)f.ahead + (c - f.c0)/W*K;
         for (int j = 0; j < K; j++) { gw[j] = load(f.gw + j*f.d + c, m); a[j] = ahead[j]; }
         convolve<T, K>(f, t0, t1, c, m, w, [&](int64_t t, V z, const V* x) {
-            V g = load(f.g + t*f.d + c, m); soon(f.g + t*f.d + c); if (f.silu) { const V s = sigmoid<T>(z); g *= s*(1 + z*(1 - s)); }
+            V g = load(f.g + t*f.gs + c, m); soon(f.g + t*f.gs + c); if (f.silu) { const V s = sigmoid<T>(z); g *= s*(1 + z*(1 - s)); }
             gz[t - t0] = g; gb += g; for (int j = 0; j < K; j++) gw[K-1-j] += g*x[j];
         });
         for (int64_t t = t1 - 1; t >= t0; t--) {
             for (int j = K - 1; j; j--) a[j] = a[j-1];
             a[0] = gz[t - t0]; V g = {}; for (int j = 0; j < K; j++) g += w[K-1-j]*a[j];
-            store(f.gx + t*f.d + c, g, m); soon<1>(f.gx + t*f.d + c); if (f.reset && f.reset[t]) for (int j = 0; j < K; j++) a[j] = V{};
+            store(f.gx + t*f.ys + c, g, m); soon<1>(f.gx + t*f.ys + c); if (f.reset && f.reset[t]) for (int j = 0; j < K; j++) a[j] = V{};
         }
         store(f.gb + c, gb, m); for (int j = 0; j < K; j++) { store(f.gw + j*f.d + c, gw[j], m); ahead[j] = a[j]; }
     }
@@ -453,7 +453,7 @@ template<class T, int K> static void conv_back(const Conv<T>& f) {
 CONV(float, f32, 4) CONV(double, f64, 4) CONV(float, f32, 8) CONV(double, f64, 8)
 
 // Mamba-2's norm of u = x silu(z), token by token: y = u r w with r = 1/rms(u), and back. x, z, g (gradient of y), y, gx, gz (l, d); w, gw (d)
-template<class T> struct Norm { const T *x, *z, *w, *g; T *y, *gx, *gz, *gw; int64_t xs, zs, gs, ys, l, d; double eps; };
+template<class T> struct Norm { const T *x, *z, *w, *g; T *y, *gx, *gz, *gw; int64_t xs, zs, gs, ys, gzs, l, d; double eps; };
 template<class T, class F> static inline void each(int64_t d, F f) { USE; for (int64_t c = 0; c < d; c += W) f(c, d - c); }
 template<class T> static void norm(const Norm<T>& f) {
     USE; for (int64_t t = 0; t < f.l; t++) {
@@ -465,7 +465,7 @@ template<class T> static void norm(const Norm<T>& f) {
 }
 template<class T> static void norm_back(const Norm<T>& f) {
     USE; for (int64_t t = 0; t < f.l; t++) {
-        const T *x = f.x + t*f.xs, *z = f.z + t*f.zs, *g = f.g + t*f.gs; T *gx = f.gx + t*f.d, *gz = f.gz + t*f.d; V s = {}, q = {};
+        const T *x = f.x + t*f.xs, *z = f.z + t*f.zs, *g = f.g + t*f.gs; T *gx = f.gx + t*f.ys, *gz = f.gz + t*f.gzs; V s = {}, q = {};
         each<T>(f.d, [&](int64_t c, int64_t m) {                                        // for now silu(z) and its slope
             const V v = load(z + c, m), k = sigmoid<T>(v), u = load(x + c, m)*v*k; s += u*u; q += u*load(g + c, m)*load(f.w + c, m);
             store(gx + c, v*k, m); store(gz + c, k*(1 + v*(1 - k)), m);
@@ -481,7 +481,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
 NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #9e60d34c
+# %% ../nbs/21_scan.ipynb #72068cf8
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -557,31 +557,47 @@ class CppScan:
                       *map(ctypes.c_int64, (l, d, n, K, c0, c1)))
         self.run(f, jobs)
         return gx, gdt, gA.sum(0).t(), gB.sum(0), gC.sum(0), gh.transpose(1, 2)
-    def ssd(self, name, l, h, p, n, **tensors):
-        "Mamba-2's `ssd` or `ssd_back` of the source on views of one sequence: where each begins, and the way to its next row"
-        x, N, Q = tensors['x'], -(-n//16)*16, self.K
-        views = [tensors.get(k) for k in 'x dt a B C D g S keep out gdt e gB gC gD'.split()]
-        fields = [*(v for t in views for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))), l, h, p, n]
-        work = x.new_empty(6*Q*N + 4*Q*Q + 5*p*Q + 4*Q + h*p*N)
-        self.call(name, x, (ctypes.c_int64*len(fields))(*fields), _ptr(work))
-    def conv(self, name, x, w, bias, reset, silu, g=None, y=None, gx=None, gw=None, gb=None):
-        (b, l, d), k = x.shape, len(w)
+    def ssd(self, x, dt, a, B, C, D, S, y, keep=None, **back):
+        "Mamba-2's heads: x (b, l, h, p), B, C (b, l, g, n), dt and decays a (b, l, h), D (h) → y; S (b, h, p, n) goes from the first " \
+        "state to the last. With g, gdt, e (b, l, h), gB, gC (parts, b, l, g, n), gD (b, h): back, y the gradient of x"
+        (b, l, h, p), (g, n), name = x.shape, B.shape[2:], 'ssd_back' if back else 'ssd'
+        words = (6*(-(-n//16)*16) + 4*self.K + 5*p + 4)*self.K
+        def f(job):
+            i, k, r, part = job; m = r.stop-r.start
+            of = dict(x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k], S=S[i,r], out=y[i,:,r])
+            if D is not None: of['D'] = D[r]
+            if keep is not None: of['keep'] = keep[i,:,r]
+            if back:
+                of.update({n: back[n][i,:,r] for n in ('g', 'gdt', 'e')}, gD=back['gD'][i,r])
+                of.update({n: back[n][part,i,:,k] for n in ('gB', 'gC')})
+            views = [of.get(n) for n in 'x dt a B C D g S keep out gdt e gB gC gD'.split()]
+            fields = [*(v for t in views for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))), l, m, p, n]
+            work = x.new_empty(words + m*p*(-(-n//16)*16))
+            self.call(name, x, (ctypes.c_int64*len(fields))(*fields), _ptr(work))
+        self.run(f, self.heads(b, g, h))
+    def heads(self, b, g, h):
+        "(sequence, group, a slice of its heads, part)"
+        return [(i//g, i%g, slice(i%g*h//g+first, i%g*h//g+last), part) for i,first,last,part in self.jobs(b*g, h//g, 1)]
+    def conv(self, name, x, w, bias, reset, silu, y, g=None, gw=None, gb=None):
+        "`conv` into y or, from its gradient g, `conv_back` into y, gw (b, k, d) and gb (b, d); y may be g"
+        (b, l, d), k, back = x.shape, len(w), g is not None
         def f(job):
             i, c0, c1, _ = job; at = lambda t: 0 if t is None else t[i].data_ptr()
             ahead = x.new_zeros(k, -(-(c1-c0)//16)*16)
-            fields = (at(x), w.data_ptr(), 0 if bias is None else bias.data_ptr(), *map(at, (g, y, gx, gw, gb)), ahead.data_ptr(),
-                      at(reset), x.stride(1), l, d, silu, c0, c1)
+            fields = (at(x), w.data_ptr(), 0 if bias is None else bias.data_ptr(), at(g), at(y), at(y), at(gw), at(gb), ahead.data_ptr(),
+                      at(reset), x.stride(1), g.stride(1) if back else 0, y.stride(1), l, d, silu, c0, c1)
             self.call(f'{name}{k}', x, (ctypes.c_int64*len(fields))(*fields))
         self.run(f, self.jobs(b, d))
-
-    def norm(self, name, x, z, w, eps, g=None, y=None, gx=None, gz=None, gw=None):
-        (l, d), e = x.shape, struct.unpack('q', struct.pack('d', eps))[0]
+    def norm(self, name, x, z, w, eps, y, g=None, gz=None, gw=None):
+        "`norm` into y or, from its gradient g, `norm_back` into y, gz and, a row for each part, gw"
+        d, e = x.shape[-1], struct.unpack('q', struct.pack('d', eps))[0]
+        x, z, y, g, gz = (t if t is None else t.flatten(0, -2) for t in (x, z, y, g, gz))
         def f(job):
             _, t0, t1, part = job; at = lambda t: 0 if t is None else t[t0:].data_ptr()
-            fields = (at(x), at(z), w.data_ptr(), *map(at, (g, y, gx, gz)), 0 if gw is None else gw[part].data_ptr(),
-                      *(0 if t is None else t.stride(0) for t in (x, z, g, y)), t1-t0, d, e)
+            fields = (at(x), at(z), w.data_ptr(), at(g), at(y), at(y), at(gz), 0 if gw is None else gw[part].data_ptr(),
+                      *(0 if t is None else t.stride(0) for t in (x, z, g, y, gz)), t1-t0, d, e)
             self.call(name, x, (ctypes.c_int64*len(fields))(*fields))
-        self.run(f, self.jobs(1, l))
+        self.run(f, self.jobs(1, len(x)))
 
 @lru_cache
 def compiled():
@@ -651,46 +667,39 @@ def _products(x, dt, A, B, C, h0, reset, q):
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #019d7114
+# %% ../nbs/21_scan.ipynb #cf7c8cfb
 class _Chunks(torch.autograd.Function):
     "Mamba-2 by the compiled kernel: x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), D (h) or None, h0 (b, h, p, n)"
     @staticmethod
-    def forward(ctx, kernel, x, dt, A, B, C, D, h0, reset, keep):
-        (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    def forward(ctx, kernel, x, dt, A, B, C, D, h0, reset, back):
         x, B, C = (t if t.stride(3)==1 and t.stride(2)==t.shape[3] else t.contiguous() for t in (x, B, C))
         D, dt, S = D if D is None else D.contiguous(), dt.contiguous(), h0.clone(memory_format=torch.contiguous_format)
-        a = (dt*A).exp_()
-        if reset is not None: a *= ~reset[...,None]
-        y = x.new_empty(x.shape)
-        keep = x.new_empty(b, -(-l//kernel.K), h, p, -(-n//16)*16) if keep else None
-        def f(job):
-            i, k, r, _ = job
-            kernel.ssd('ssd', l, r.stop-r.start, p, n, x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k],
-                       D=D if D is None else D[r], S=S[i,r], keep=None if keep is None else keep[i,:,r], out=y[i,:,r])
-        kernel.run(f, _heads(kernel, b, g, h))
+        y, a, keep = x.new_empty(x.shape), _decays(dt, A, reset), _kept(kernel, x, B) if back else None
+        kernel.ssd(x, dt, a, B, C, D, S, y, keep)
         ctx.kernel = kernel; ctx.save_for_backward(x, dt, A, a, B, C, D, keep)
         return y, S
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy, glast):
-        x, dt, A, a, B, C, D, keep = ctx.saved_tensors; kernel = ctx.kernel
-        (b, l, h, p), (g, n) = x.shape, B.shape[2:]; jobs = _heads(kernel, b, g, h)
-        gy, S = gy.contiguous(), glast.clone(memory_format=torch.contiguous_format)
-        gx, gdt, e, gD = x.new_empty(x.shape), torch.empty_like(dt), torch.empty_like(dt), dt.new_zeros(b, h)
-        # B's and C's gradients are sums over a group's heads
-        gB, gC = B.new_empty(2, max(j[3] for j in jobs)+1, *B.shape)
-        def f(job):
-            i, k, r, part = job
-            kernel.ssd('ssd_back', l, r.stop-r.start, p, n, x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k],
-                       D=D if D is None else D[r], g=gy[i,:,r], S=S[i,r], keep=keep[i,:,r], out=gx[i,:,r],
-                       gdt=gdt[i,:,r], e=e[i,:,r], gB=gB[part,i,:,k], gC=gC[part,i,:,k], gD=gD[i,r])
-        kernel.run(f, jobs)
-        gA, gdt = (e*dt).sum((0, 1)), gdt.addcmul_(e, A)
-        return None, gx, gdt, gA, gB.sum(0), gC.sum(0), None if D is None else gD.sum(0), S, None, None
+        x, dt, A, a, B, C, D, keep = ctx.saved_tensors
+        gx, S = x.new_empty(x.shape), glast.clone(memory_format=torch.contiguous_format)
+        gB, gC = B.new_empty(2, _parts(ctx.kernel, x, B), *B.shape)
+        gdt, gA, gD = _ssd_back(ctx.kernel, x, dt, A, a, B, C, D, S, keep, gy.contiguous(), gx, gB, gC)
+        return None, gx, gdt, gA, gB.sum(0), gC.sum(0), None if D is None else gD, S, None, None
 
-def _heads(kernel, b, g, h):
-    "Jobs: (sequence, group, a slice of its heads, part)"
-    return [(i//g, i%g, slice(i%g*h//g+first, i%g*h//g+last), part) for i,first,last,part in kernel.jobs(b*g, h//g, 1)]
+def _decays(dt, A, reset): return (dt*A).exp_() if reset is None else (dt*A).exp_()*~reset[...,None]
+
+def _kept(kernel, x, B):
+    (b, l, h, p), n = x.shape, B.shape[3]
+    return x.new_empty(b, -(-l//kernel.K), h, p, -(-n//16)*16)
+
+def _parts(kernel, x, B): return 1+max(j[3] for j in kernel.heads(len(x), B.shape[2], x.shape[2]))
+
+def _ssd_back(kernel, x, dt, A, a, B, C, D, S, keep, g, gx, gB, gC):
+    "Writes gx, S and the parts of gB, gC → the gradients of dt, A, D"
+    gdt, e, gD = torch.empty_like(dt), torch.empty_like(dt), dt.new_zeros(len(dt), dt.shape[2])
+    kernel.ssd(x, dt, a, B, C, D, S, gx, keep, g=g, gdt=gdt, e=e, gB=gB, gC=gC, gD=gD)
+    return gdt.addcmul_(e, A), (e*dt).sum((0, 1)), gD.sum(0)
 
 def _check_shapes(name, fits=True, **tensors):      # name=(tensor or None, shape): the kernels read without looking
     wrong = [f'{k} {tuple(t.shape)} instead of {s}' for k,(t,s) in tensors.items() if t is not None and t.shape!=s]
@@ -721,7 +730,7 @@ def ssd(x,            # (b, l, h, p) input
     y, h = _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
     return y if D is None else y + x*D[:,None], h
 
-# %% ../nbs/21_scan.ipynb #dbded21a
+# %% ../nbs/21_scan.ipynb #8d2230cf
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -750,8 +759,8 @@ class _CppConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, x, w, bias, reset, silu):
         x, y = x if x.stride(2)==1 else x.contiguous(), x.new_empty(x.shape)
-        ctx.k, w = len(w), F.pad(w, (0, 0, -len(w)%4, 0)).contiguous()              # windows of 4 or 8 tokens
-        kernel.conv('conv', x, w, bias, reset, silu, y=y)
+        ctx.k, w = len(w), _window(w)
+        kernel.conv('conv', x, w, bias, reset, silu, y)
         ctx.kernel, ctx.silu = kernel, silu; ctx.save_for_backward(x, w, bias, reset)
         return y
     @staticmethod
@@ -759,8 +768,10 @@ class _CppConv(torch.autograd.Function):
     def backward(ctx, g):
         x, w, bias, reset = ctx.saved_tensors
         gx, gw, gb = x.new_empty(x.shape), w.new_zeros(len(x), *w.shape), w.new_zeros(len(x), w.shape[1])
-        ctx.kernel.conv('conv_back', x, w, bias, reset, ctx.silu, g=g.contiguous(), gx=gx, gw=gw, gb=gb)
+        ctx.kernel.conv('conv_back', x, w, bias, reset, ctx.silu, gx, g.contiguous(), gw, gb)
         return None, gx, gw.sum(0)[-ctx.k:], None if bias is None else gb.sum(0), None, None
+
+def _window(w): return F.pad(w, (0, 0, -len(w)%4, 0)).contiguous()                 # the kernel's windows: 4 or 8 tokens
 
 def causal_conv(x,                # (b, l, d)
                 w,                # (d, k)
@@ -783,13 +794,13 @@ def _act(y, activation):
     from transformers.activations import ACT2FN
     return y if activation is None else ACT2FN[activation](y)
 
-# %% ../nbs/21_scan.ipynb #98061421
+# %% ../nbs/21_scan.ipynb #41248439
 class _CppNorm(torch.autograd.Function):
     "x, gate (..., d), w (d) → RMSNorm of x·silu(gate) by the compiled kernel"
     @staticmethod
     def forward(ctx, kernel, x, gate, w, eps):
         x, gate = (_rows(t) for t in (x, gate)); y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        kernel.norm('norm', *(t.flatten(0, -2) for t in (x, gate)), w, eps, y=y.view(-1, len(w)))
+        kernel.norm('norm', x, gate, w, eps, y)
         ctx.kernel, ctx.eps = kernel, eps; ctx.save_for_backward(x, gate, w)
         return y
     @staticmethod
@@ -797,8 +808,7 @@ class _CppNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, gate, w = ctx.saved_tensors
         (gx, gz), gw = x.new_empty(2, *x.shape), w.new_zeros(torch.get_num_threads(), len(w))
-        ctx.kernel.norm('norm_back', *(t.flatten(0, -2) for t in (x, gate)), w, ctx.eps, g=_rows(g).flatten(0, -2),
-                        gx=gx.view(-1, len(w)), gz=gz.view(-1, len(w)), gw=gw)
+        ctx.kernel.norm('norm_back', x, gate, w, ctx.eps, gx, _rows(g), gz, gw)
         return None, gx, gz, gw.sum(0), None
 
 def _rows(t):
@@ -818,7 +828,53 @@ def gated_norm(x, gate,    # (..., d)
     y = x*F.silu(gate.to(torch.promote_types(gate.dtype, torch.float32)))
     return norm(y) if norm else F.rms_norm(y, weight.shape, weight, eps)
 
-# %% ../nbs/21_scan.ipynb #8e1bec65
+def is_gated_norm(m):
+    "Whether module `m` computes `gated_norm` over all its channels, tried on random numbers"
+    w, eps = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None)
+    if eps is None or w is None or w.dim()!=1 or w.is_meta or not w.any(): return False
+    with torch.random.fork_rng(), torch.no_grad(): x, gate = torch.randn(2, 2, len(w)).to(w)
+    try:
+        with torch.no_grad(): a, b = m(x, gate), gated_norm(x, gate, w, eps)
+    except (TypeError, RuntimeError): return False
+    return a.dtype==b.dtype and bool((a-b).abs().max() <= 16*torch.finfo(a.dtype).eps*a.abs().max())
+
+# %% ../nbs/21_scan.ipynb #d8067bfd
+class _Block(torch.autograd.Function):
+    "Gate, x, B, C and dt side by side in `proj` (b, l, 2d + 2gn + h), p channels to a head → the normed output (b, l, d)"
+    @staticmethod
+    def forward(ctx, kernel, proj, w, bias, dt_bias, A, D, norm, eps, g, p, reset):
+        proj, d, gn = proj.contiguous(), len(norm), (proj.shape[2]-2*len(norm)-len(D))//2
+        def parts(t): return (v.unflatten(2, s) for v,s in zip(t.split([d, gn, gn], 2), ((-1, p), (g, -1), (g, -1))))
+        gate, u, raw = proj.split([d, d+2*gn, len(D)], 2)
+        window, mixed, dt = _window(w), proj.new_empty(u.shape), F.softplus(raw+dt_bias)
+        kernel.conv('conv', u, window, bias, reset, True, mixed)
+        x, B, C = parts(mixed)
+        a, y, out, S = _decays(dt, A, reset), x.new_empty(x.shape), x.new_empty(gate.shape), x.new_zeros(len(x), len(D), p, B.shape[3])
+        keep = _kept(kernel, x, B)
+        kernel.ssd(x, dt, a, B, C, D, S, y, keep)
+        kernel.norm('norm', y.flatten(2), gate, norm, eps, out)
+        ctx.kernel, ctx.parts, ctx.sizes, ctx.eps, ctx.k = kernel, parts, [d, d+2*gn, len(D)], eps, len(w)
+        ctx.save_for_backward(proj, mixed, dt, a, y, keep, window, bias, A, D, norm, reset)
+        return out
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        proj, mixed, dt, a, y, keep, window, bias, A, D, norm, reset = ctx.saved_tensors
+        kernel, gproj = ctx.kernel, torch.empty_like(proj)
+        (gate, u, _), (ggate, gu, graw), (x, B, C) = proj.split(ctx.sizes, 2), gproj.split(ctx.sizes, 2), ctx.parts(mixed)
+        gy, gnorm = y.new_empty(y.shape), norm.new_zeros(torch.get_num_threads(), len(norm))
+        kernel.norm('norm_back', y.flatten(2), gate, norm, ctx.eps, gy.flatten(2), _rows(g), ggate, gnorm)
+        gx, gB, gC = ctx.parts(gu); n = _parts(kernel, x, B)
+        sums = B.new_empty(2, n, *B.shape) if n>1 else (gB[None], gC[None])
+        gdt, gA, gD = _ssd_back(kernel, x, dt, A, a, B, C, D, x.new_zeros(len(x), len(D), x.shape[3], B.shape[3]), keep, gy, gx, *sums)
+        if n>1: gB.copy_(sums[0].sum(0)); gC.copy_(sums[1].sum(0))
+        graw.copy_(gdt.mul_(dt.neg().expm1_().neg_()))                            # softplus: its slope is 1 - exp(-dt)
+        gw, gb = window.new_zeros(len(u), *window.shape), window.new_zeros(len(u), window.shape[1])
+        kernel.conv('conv_back', u, window, bias, reset, True, gu, gu, gw, gb)
+        return (None, gproj, gw.sum(0)[-ctx.k:], None if bias is None else gb.sum(0), gdt.sum((0, 1)), gA, gD, gnorm.sum(0),
+                None, None, None, None)
+
+# %% ../nbs/21_scan.ipynb #e89b5364
 def _docs(state, l):
     "The resets of the running forward pass, if they are for sequences of this length"
     return state.reset if state.reset is not None and state.reset.shape[1]==l else None
@@ -847,6 +903,18 @@ def _replacements(state):
         if tuple(dt_limit)!=(0.0, math.inf): dt = dt.clamp(*dt_limit)
         y, h = ssd(hidden_states.float(), dt, A, B, C, initial_states, _docs(state, dt.shape[1]), D)
         return (y, h) if return_final_states else y
+    def mamba2_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D=None, activation='silu',
+                                          rmsnorm_weight=None, rmsnorm_eps=1e-6, headdim=None, ngroups=1,
+                                          dt_limit=(0.0, math.inf), **kw):
+        kernel, (k, d) = best_kernel(zxbcdt), reversed(conv1d_weight.shape)
+        ws = (conv1d_weight, dt_bias, D, rmsnorm_weight) + (() if conv1d_bias is None else (conv1d_bias,))
+        if not (state.block in state.fused and isinstance(kernel, CppScan) and zxbcdt.dtype in (torch.float32, torch.float64)
+                and all(w is not None and w.dtype==zxbcdt.dtype and w.is_contiguous() for w in ws) and zxbcdt.numel() and k<=8
+                and activation in ('silu', 'swish') and tuple(dt_limit)==(0.0, math.inf) and D.dim()==1):
+            return None                                                           # then transformers goes step by step
+        y = _Block.apply(kernel, zxbcdt, conv1d_weight.t(), conv1d_bias, dt_bias, A.to(zxbcdt.dtype), D, rmsnorm_weight,
+                         rmsnorm_eps, ngroups, headdim, _docs(state, zxbcdt.shape[1]))
+        return state.block.out_proj(y)
     return locals() | dict(state=None)
 
 _scans = {'mamba_selective_scan', 'mamba2_chunk_scan'}
@@ -856,11 +924,11 @@ def mamba_blocks(model):
     return {n: m for n,m in model.named_modules()
             if _scans & set(getattr(inspect.unwrap(type(m).forward), '__code__', _Scan.forward.__code__).co_names)}
 
-# %% ../nbs/21_scan.ipynb #9d6c3124
+# %% ../nbs/21_scan.ipynb #8d28ef2e
 class fast_scan:
     "Replace the slow scans in `model`; as a `with` block they are put back at its end, otherwise by `.undo()`"
     def __init__(self, model, quiet=False):   # quiet: say nothing of a model without Mamba blocks
-        self.reset = self.h0 = None; self.undos, self.left = [], {}
+        self.reset = self.h0 = self.block = None; self.undos, self.left, self.fused = [], {}, set()
         blocks = mamba_blocks(model); ours = _replacements(self)
         for name,m in blocks.items():
             why = self._why_not(m)
@@ -885,8 +953,11 @@ class fast_scan:
         def forward(block, hidden_states, cache_params=None, *a, **kw):
             held = kw.get('past_key_values', cache_params)
             self.h0 = _held(held, block.layer_idx) if held is not None and hidden_states.shape[1]>1 else None
+            mask = kw.get('attention_mask', a[0] if a else None)
+            self.block = None if mask is not None and not bool(mask.all()) else block   # padding is masked between the steps
             return g(block, hidden_states, cache_params, *a, **kw)
         m.forward = types.MethodType(forward, m)
+        if is_gated_norm(getattr(m, 'norm', None)): self.fused.add(m)
         self.undos.append(lambda: m.__dict__.pop('forward', None))
     def _positions(self, model, args, kwargs):
         p = kwargs.get('position_ids'); self.reset = None
