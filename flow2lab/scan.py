@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #2129db99
+# %% ../nbs/21_scan.ipynb #019a8d5c
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -293,6 +293,7 @@ template<class T> static inline T total(typename Vec<T>::V v) {
     for (int64_t h = W/2; h; h /= 2) for (int64_t i = 0; i < h; i++) s[i] += s[i + h];
     return s[0];
 }
+template<class T> static bool zero(const T* I, int64_t n) { for (int64_t i = 0; i < n; i++) if (I[i]) return false; return true; }
 template<class T> static inline typename Vec<T>::V one(int64_t j, int64_t k) {                           // vector k of the j-th unit vector
     USE; V v = {}; if (j/W == k) v[j%W] = 1; return v;
 }
@@ -300,7 +301,7 @@ template<class T> static inline typename Vec<T>::V one(int64_t j, int64_t k) {  
 // i, and y = (CB' o L o dt) x + D x + what the state S before it gives. Tiles (p, Q) and (Q, Q) hold tokens in the lanes, (Q, N) and (p, N)
 // states. x, g, out (l, h, p): input, gradient of the output, output or gradient of the input; dt, a, gdt, e (l, h): steps, decays, gradients
 // of dt as a factor of x and of the log decays; B, C, gB, gC (l, n); D, gD (h); S (h, p, n): first and last state, or the gradient of the last
-// and of the first; keep (chunks, h, p, N): the states before each chunk
+// and of the first, null for zeros that no one asks back for; out may be g; keep (chunks, h, p, N): the states before each chunk
 const int64_t Q = 64;
 template<class T> struct Rows { T* at; int64_t step; T* operator()(int64_t r) const { return at + r*step; } };
 template<class T> struct Ssd { Rows<T> x, dt, a, B, C, D, g, S, keep, out, gdt, e, gB, gC, gD; int64_t l, h, p, n; };
@@ -312,7 +313,7 @@ template<class T> static inline T times(const Ssd<T>& f, int64_t t0, int64_t m, 
 template<class T> static void ssd(const Ssd<T>& f, T* work) {
     USE; const int64_t n = f.n, p = f.p, N = (n + W - 1)/W*W, X = Q/W;
     T *B = work, *C = B + Q*N, *G = C + Q*N, *M = G + Q*Q, *x = M + Q*Q, *y = x + p*Q, *cum = y + p*Q, *rest = cum + Q, *dt = rest + Q, *H = dt + Q;
-    widen(H, N, f.S.at, n, f.h*p, n);
+    std::memset(H, 0, f.h*p*N*sizeof(T)); if (f.S.at) widen(H, N, f.S.at, n, f.h*p, n);
     for (int64_t t0 = 0; t0 < f.l; t0 += Q) {
         const int64_t m = f.l - t0 < Q ? f.l - t0 : Q;
         widen(B, N, f.B(t0), f.B.step, m, n); flip(C, Q, f.C(t0), f.C.step, m, n, true);
@@ -330,7 +331,7 @@ template<class T> static void ssd(const Ssd<T>& f, T* work) {
                 rest[t] = r[(m - 1)/W][(m - 1)%W]*dt[t]; next = f.a(t0 + t)[j];
             }
             for (int64_t t = m; t < Q; t++) rest[t] = 0;
-            std::memset(y, 0, p*Q*sizeof(T)); mul(y, Q, S, N, 1, C, Q, p, m, n);
+            std::memset(y, 0, p*Q*sizeof(T)); if (!zero(S, p*N)) mul(y, Q, S, N, 1, C, Q, p, m, n);
             for (int64_t i = 0; i < p*Q; i += W) store(y + i, load(y + i, W)*load(cum + i%Q, W), W);
             for (int64_t k = 0; k < m; k += W) mul(y + k, Q, x + k, Q, 1, M + k*(Q + 1), Q, p, m - k, m - k < W ? m - k : W);
             flip(f.out(t0) + j*p, f.out.step, y, Q, p, m, false);
@@ -338,16 +339,16 @@ template<class T> static void ssd(const Ssd<T>& f, T* work) {
             for (int64_t i = 0; i < p*N; i += W) {
                 const V s = load(S + i, W); store(S + i, s*now, W); if (f.keep.at) store(f.keep(t0/Q) + j*p*N + i, s, W);
             }
-            mul(S, N, x, Q, 1, B, N, p, N, m);
+            if (f.S.at || t0 + Q < f.l) mul(S, N, x, Q, 1, B, N, p, N, m);
         }
     }
-    for (int64_t i = 0; i < f.h*p; i++) std::memcpy(f.S.at + i*n, H + i*N, n*sizeof(T));
+    if (f.S.at) for (int64_t i = 0; i < f.h*p; i++) std::memcpy(f.S.at + i*n, H + i*N, n*sizeof(T));
 }
 template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
     USE; const int64_t n = f.n, p = f.p, N = (n + W - 1)/W*W, X = Q/W;
     T *B = work, *C = B + Q*N, *BT = C + Q*N, *O = BT + Q*N, *gB = O + Q*N, *gC = gB + Q*N, *G = gC + Q*N, *U = G + Q*Q, *M = U + Q*Q, *E = M + Q*Q,
       *x = E + Q*Q, *g = x + p*Q, *xr = g + p*Q, *gr = xr + p*Q, *gx = gr + p*Q, *cum = gx + p*Q, *dt = cum + Q, *old = dt + Q, *in = old + Q, *H = in + Q;
-    widen(H, N, f.S.at, n, f.h*p, n);                                                   // gradient of the state behind the chunk
+    std::memset(H, 0, f.h*p*N*sizeof(T)); if (f.S.at) widen(H, N, f.S.at, n, f.h*p, n);  // gradient of the state behind the chunk
     for (int64_t t0 = (f.l - 1)/Q*Q; t0 >= 0; t0 -= Q) {
         const int64_t m = f.l - t0 < Q ? f.l - t0 : Q;
         widen(B, N, f.B(t0), f.B.step, m, n); widen(C, N, f.C(t0), f.C.step, m, n); flip(BT, Q, f.B(t0), f.B.step, m, n, true);
@@ -369,7 +370,8 @@ template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
                 }
             }
             if (f.gD.at) f.gD.at[j] += gD;
-            std::memset(gx, 0, p*Q*sizeof(T)); mul(gx, Q, q, N, 1, BT, Q, p, m, n);
+            const bool first = zero(S, p*N), last = zero(q, p*N);                       // such states take no part
+            std::memset(gx, 0, p*Q*sizeof(T)); if (!last) mul(gx, Q, q, N, 1, BT, Q, p, m, n);
             for (int64_t k = 0; k < X; k++) {
                 const V d = load(dt + k*W, W), c = load(cum + k*W, W); V v = {};
                 for (int64_t i = k*W; i < p*Q; i += Q) {
@@ -381,14 +383,16 @@ template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
             }
             for (int64_t k = 0; k < m; k += W) mul(gx, Q, g + k, Q, 1, M + k*Q, Q, p, k + W, m - k < W ? m - k : W);
             flip(f.out(t0) + j*p, f.out.step, gx, Q, p, m, false);
-            std::memset(O, 0, Q*N*sizeof(T)); mul(O, N, gr, 1, Q, S, N, m, N, p); mul(gB, N, xr, 1, Q, q, N, m, N, p);
-            for (int64_t t = 0; t < m; t++) {
+            std::memset(old, 0, Q*sizeof(T)); std::memset(O, 0, Q*N*sizeof(T));
+            if (!last) mul(gB, N, xr, 1, Q, q, N, m, N, p);
+            if (!first) mul(O, N, gr, 1, Q, S, N, m, N, p);
+            for (int64_t t = 0; t < m && !first; t++) {
                 V v = {};
                 for (int64_t i = t*N; i < t*N + N; i += W) { const V o = load(O + i, W); v += o*load(C + i, W); store(gC + i, load(gC + i, W) + o, W); }
                 old[t] = total<T>(v);
             }
             V v = {}; for (int64_t i = 0; i < p*N; i += W) { const V h = load(q + i, W); v += h*load(S + i, W); store(q + i, h*now, W); }
-            mul(q, N, gr, Q, 1, C, N, p, N, m);
+            if (f.S.at || t0) mul(q, N, gr, Q, 1, C, N, p, N, m);
             T behind = total<T>(v)*now, before = 0;                                     // e_t: all that reaches from before t to t or behind it
             for (int64_t t = 0; t < m; t++) { f.e(t0 + t)[j] = before; before += in[t]; }
             V z[X] = {};
@@ -400,7 +404,7 @@ template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
         mul(gC, N, U, Q, 1, B, N, m, N, m); mul(gB, N, U, 1, Q, C, N, m, N, m);
         for (int64_t t = 0; t < m; t++) { std::memcpy(f.gB(t0 + t), gB + t*N, n*sizeof(T)); std::memcpy(f.gC(t0 + t), gC + t*N, n*sizeof(T)); }
     }
-    for (int64_t i = 0; i < f.h*p; i++) std::memcpy(f.S.at + i*n, H + i*N, n*sizeof(T));
+    if (f.S.at) for (int64_t i = 0; i < f.h*p; i++) std::memcpy(f.S.at + i*n, H + i*N, n*sizeof(T));
 }
 #define CHUNKS(T, S) extern "C" void ssd_##S(const Ssd<T>* f, T* work) { ssd(*f, work); } \
     extern "C" void ssd_back_##S(const Ssd<T>* f, T* work) { ssd_back(*f, work); }
@@ -409,9 +413,10 @@ CHUNKS(float, f32) CHUNKS(double, f64)
 EXPORT(float, f32) EXPORT(double, f64)
 
 // The convolution of channels c0 to c1 over a token and the K - 1 before it in its document. y = z or silu(z), z_t = bias + sum_j w_{K-1-j}
-// x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors; ys is the way to the next row of y or gx, and gx may be g. A window of tokens stays in registers; a
+// x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors; ys is the way to the next row of y or gx,
+// ws to that of w or gw. A window of tokens stays in registers; a
 // token that begins a document finds it empty. 32 tokens at a time; what lies beside a vector is fetched while it is worked on
-template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, gs, ys, l, d, silu, c0, c1; };
+template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, gs, ys, ws, l, silu, c0, c1; };
 template<class T> static inline typename Vec<T>::V sigmoid(typename Vec<T>::V z) {
     USE; const V e = vexp(z < 0 ? z : -z); return (z < 0 ? e : V{} + 1)/(1 + e);
 }
@@ -424,7 +429,7 @@ template<class T, int K, class F> static inline void convolve(const Conv<T>& f, 
     }
 }
 #define TILES const int64_t S = 32; V w[K]; for (int64_t t0 = (f.l - 1)/S*S; t0 >= 0; t0 -= S) for (int64_t c = f.c0; c < f.c1; c += W) { \
-    const int64_t t1 = t0 + S < f.l ? t0 + S : f.l, m = f.c1 - c; for (int j = 0; j < K; j++) w[j] = load(f.w + j*f.d + c, m);
+    const int64_t t1 = t0 + S < f.l ? t0 + S : f.l, m = f.c1 - c; for (int j = 0; j < K; j++) w[j] = load(f.w + j*f.ws + c, m);
 template<class T, int K> static void conv(const Conv<T>& f) {
     USE; TILES
         convolve<T, K>(f, t0, t1, c, m, w, [&](int64_t t, V z, const V*) {
@@ -435,7 +440,7 @@ template<class T, int K> static void conv(const Conv<T>& f) {
 template<class T, int K> static void conv_back(const Conv<T>& f) {
     USE; TILES
         V gw[K], gb = load(f.gb + c, m), gz[S], a[K], *ahead = (V*)f.ahead + (c - f.c0)/W*K;
-        for (int j = 0; j < K; j++) { gw[j] = load(f.gw + j*f.d + c, m); a[j] = ahead[j]; }
+        for (int j = 0; j < K; j++) { gw[j] = load(f.gw + j*f.ws + c, m); a[j] = ahead[j]; }
         convolve<T, K>(f, t0, t1, c, m, w, [&](int64_t t, V z, const V* x) {
             V g = load(f.g + t*f.gs + c, m); soon(f.g + t*f.gs + c); if (f.silu) { const V s = sigmoid<T>(z); g *= s*(1 + z*(1 - s)); }
             gz[t - t0] = g; gb += g; for (int j = 0; j < K; j++) gw[K-1-j] += g*x[j];
@@ -445,7 +450,7 @@ template<class T, int K> static void conv_back(const Conv<T>& f) {
             a[0] = gz[t - t0]; V g = {}; for (int j = 0; j < K; j++) g += w[K-1-j]*a[j];
             store(f.gx + t*f.ys + c, g, m); soon<1>(f.gx + t*f.ys + c); if (f.reset && f.reset[t]) for (int j = 0; j < K; j++) a[j] = V{};
         }
-        store(f.gb + c, gb, m); for (int j = 0; j < K; j++) { store(f.gw + j*f.d + c, gw[j], m); ahead[j] = a[j]; }
+        store(f.gb + c, gb, m); for (int j = 0; j < K; j++) { store(f.gw + j*f.ws + c, gw[j], m); ahead[j] = a[j]; }
     }
 }
 #define CONV(T, S, K) extern "C" void conv##K##_##S(const Conv<T>* f) { conv<T, K>(*f); } \
@@ -481,7 +486,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
 NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #72068cf8
+# %% ../nbs/21_scan.ipynb #1c647f03
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -564,8 +569,9 @@ class CppScan:
         words = (6*(-(-n//16)*16) + 4*self.K + 5*p + 4)*self.K
         def f(job):
             i, k, r, part = job; m = r.stop-r.start
-            of = dict(x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k], S=S[i,r], out=y[i,:,r])
+            of = dict(x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k], out=y[i,:,r])
             if D is not None: of['D'] = D[r]
+            if S is not None: of['S'] = S[i,r]
             if keep is not None: of['keep'] = keep[i,:,r]
             if back:
                 of.update({n: back[n][i,:,r] for n in ('g', 'gdt', 'e')}, gD=back['gD'][i,r])
@@ -579,13 +585,13 @@ class CppScan:
         "(sequence, group, a slice of its heads, part)"
         return [(i//g, i%g, slice(i%g*h//g+first, i%g*h//g+last), part) for i,first,last,part in self.jobs(b*g, h//g, 1)]
     def conv(self, name, x, w, bias, reset, silu, y, g=None, gw=None, gb=None):
-        "`conv` into y or, from its gradient g, `conv_back` into y, gw (b, k, d) and gb (b, d); y may be g"
+        "`conv` into y or, from its gradient g, `conv_back` into y, gw (b, k, d) and gb (b, d)"
         (b, l, d), k, back = x.shape, len(w), g is not None
         def f(job):
             i, c0, c1, _ = job; at = lambda t: 0 if t is None else t[i].data_ptr()
             ahead = x.new_zeros(k, -(-(c1-c0)//16)*16)
             fields = (at(x), w.data_ptr(), 0 if bias is None else bias.data_ptr(), at(g), at(y), at(y), at(gw), at(gb), ahead.data_ptr(),
-                      at(reset), x.stride(1), g.stride(1) if back else 0, y.stride(1), l, d, silu, c0, c1)
+                      at(reset), x.stride(1), g.stride(1) if back else 0, y.stride(1), w.stride(0), l, silu, c0, c1)
             self.call(f'{name}{k}', x, (ctypes.c_int64*len(fields))(*fields))
         self.run(f, self.jobs(b, d))
     def norm(self, name, x, z, w, eps, y, g=None, gz=None, gw=None):
@@ -838,7 +844,7 @@ def is_gated_norm(m):
     except (TypeError, RuntimeError): return False
     return a.dtype==b.dtype and bool((a-b).abs().max() <= 16*torch.finfo(a.dtype).eps*a.abs().max())
 
-# %% ../nbs/21_scan.ipynb #d8067bfd
+# %% ../nbs/21_scan.ipynb #0803adfd
 class _Block(torch.autograd.Function):
     "Gate, x, B, C and dt side by side in `proj` (b, l, 2d + 2gn + h), p channels to a head → the normed output (b, l, d)"
     @staticmethod
@@ -849,9 +855,8 @@ class _Block(torch.autograd.Function):
         window, mixed, dt = _window(w), proj.new_empty(u.shape), F.softplus(raw+dt_bias)
         kernel.conv('conv', u, window, bias, reset, True, mixed)
         x, B, C = parts(mixed)
-        a, y, out, S = _decays(dt, A, reset), x.new_empty(x.shape), x.new_empty(gate.shape), x.new_zeros(len(x), len(D), p, B.shape[3])
-        keep = _kept(kernel, x, B)
-        kernel.ssd(x, dt, a, B, C, D, S, y, keep)
+        a, keep, y, out = _decays(dt, A, reset), _kept(kernel, x, B), x.new_empty(x.shape), x.new_empty(gate.shape)
+        kernel.ssd(x, dt, a, B, C, D, None, y, keep)
         kernel.norm('norm', y.flatten(2), gate, norm, eps, out)
         ctx.kernel, ctx.parts, ctx.sizes, ctx.eps, ctx.k = kernel, parts, [d, d+2*gn, len(D)], eps, len(w)
         ctx.save_for_backward(proj, mixed, dt, a, y, keep, window, bias, A, D, norm, reset)
@@ -864,13 +869,13 @@ class _Block(torch.autograd.Function):
         (gate, u, _), (ggate, gu, graw), (x, B, C) = proj.split(ctx.sizes, 2), gproj.split(ctx.sizes, 2), ctx.parts(mixed)
         gy, gnorm = y.new_empty(y.shape), norm.new_zeros(torch.get_num_threads(), len(norm))
         kernel.norm('norm_back', y.flatten(2), gate, norm, ctx.eps, gy.flatten(2), _rows(g), ggate, gnorm)
-        gx, gB, gC = ctx.parts(gu); n = _parts(kernel, x, B)
-        sums = B.new_empty(2, n, *B.shape) if n>1 else (gB[None], gC[None])
-        gdt, gA, gD = _ssd_back(kernel, x, dt, A, a, B, C, D, x.new_zeros(len(x), len(D), x.shape[3], B.shape[3]), keep, gy, gx, *sums)
-        if n>1: gB.copy_(sums[0].sum(0)); gC.copy_(sums[1].sum(0))
+        gB, gC = B.new_empty(2, _parts(kernel, x, B), *B.shape)
+        gdt, gA, gD = _ssd_back(kernel, x, dt, A, a, B, C, D, None, keep, gy, gy, gB, gC)
         graw.copy_(gdt.mul_(dt.neg().expm1_().neg_()))                            # softplus: its slope is 1 - exp(-dt)
-        gw, gb = window.new_zeros(len(u), *window.shape), window.new_zeros(len(u), window.shape[1])
-        kernel.conv('conv_back', u, window, bias, reset, True, gu, gu, gw, gb)
+        gw, gb, at = window.new_zeros(len(u), *window.shape), window.new_zeros(len(u), window.shape[1]), 0
+        for part in (gy, *(t.sum(0) if len(t)>1 else t[0] for t in (gB, gC))):
+            part = part.flatten(2); c = slice(at, at := at+part.shape[2])
+            kernel.conv('conv_back', u[...,c], window[:,c], None if bias is None else bias[c], reset, True, gu[...,c], part, gw[...,c], gb[:,c])
         return (None, gproj, gw.sum(0)[-ctx.k:], None if bias is None else gb.sum(0), gdt.sum((0, 1)), gA, gD, gnorm.sum(0),
                 None, None, None, None)
 
