@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #019a8d5c
+# %% ../nbs/21_scan.ipynb #c951693c
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -241,7 +241,7 @@ extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
     T* gx, T* gdt, T* gA, T* gB, T* gC, T* work, int64_t l, int64_t d, int64_t n, int64_t K, int64_t c0, int64_t c1) \
     { bwd<T>(x, dt, A, B, C, reset, hs, gy, gh, gx, gdt, gA, gB, gC, work, l, d, n, K, c0, c1); }
 
-// O (R, N) += A (R, K) B (K, N), N in whole vectors, six rows and four vectors of O at a time in registers. A's (r, k) lies at r ar + k ak
+// O (R, N) += A (R, K) B (K, N), N in whole vectors, up to six rows and four vectors of O at a time in registers. A's (r, k) lies at r ar + k ak
 template<class T, int R, int M> static void tile(T* O, int64_t os, const T* A, int64_t ar, int64_t ak, const T* B, int64_t bs, int64_t K) {
     USE; V s[R][M];
     for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) s[r][m] = load(O + r*os + m*W, W);
@@ -252,7 +252,9 @@ template<class T, int R, int M> static void tile(T* O, int64_t os, const T* A, i
     for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) store(O + r*os + m*W, s[r][m], W);
 }
 template<class T, int M> static void strip(T* O, int64_t os, const T* A, int64_t ar, int64_t ak, const T* B, int64_t bs, int64_t R, int64_t K) {
-    for (; R >= 6; R -= 6, O += 6*os, A += 6*ar) tile<T, 6, M>(O, os, A, ar, ak, B, bs, K);
+    const int E = M > 2 ? 6 : 12;                                                       // as many as fill the registers
+    for (; R >= E; R -= E, O += E*os, A += E*ar) tile<T, E, M>(O, os, A, ar, ak, B, bs, K);
+    if (M < 3 && R & 8) { tile<T, 8, M>(O, os, A, ar, ak, B, bs, K); O += 8*os; A += 8*ar; }
     if (R & 4) { tile<T, 4, M>(O, os, A, ar, ak, B, bs, K); O += 4*os; A += 4*ar; }
     if (R & 2) { tile<T, 2, M>(O, os, A, ar, ak, B, bs, K); O += 2*os; A += 2*ar; }
     if (R & 1) tile<T, 1, M>(O, os, A, ar, ak, B, bs, K);
@@ -414,8 +416,7 @@ EXPORT(float, f32) EXPORT(double, f64)
 
 // The convolution of channels c0 to c1 over a token and the K - 1 before it in its document. y = z or silu(z), z_t = bias + sum_j w_{K-1-j}
 // x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors; ys is the way to the next row of y or gx,
-// ws to that of w or gw. A window of tokens stays in registers; a
-// token that begins a document finds it empty. 32 tokens at a time; what lies beside a vector is fetched while it is worked on
+// ws to that of w or gw. A window of tokens stays in registers; a token that begins a document finds it empty. 32 tokens at a time; what lies beside a vector is fetched while it is worked on
 template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, gs, ys, ws, l, silu, c0, c1; };
 template<class T> static inline typename Vec<T>::V sigmoid(typename Vec<T>::V z) {
     USE; const V e = vexp(z < 0 ? z : -z); return (z < 0 ? e : V{} + 1)/(1 + e);
@@ -463,7 +464,10 @@ template<class T, class F> static inline void each(int64_t d, F f) { USE; for (i
 template<class T> static void norm(const Norm<T>& f) {
     USE; for (int64_t t = 0; t < f.l; t++) {
         const T *x = f.x + t*f.xs, *z = f.z + t*f.zs; T* y = f.y + t*f.ys; V s = {};
-        each<T>(f.d, [&](int64_t c, int64_t m) { const V g = load(z + c, m), u = load(x + c, m)*g*sigmoid<T>(g); s += u*u; store(y + c, u, m); });
+        each<T>(f.d, [&](int64_t c, int64_t m) {
+            const V g = load(z + c, m), u = load(x + c, m)*g*sigmoid<T>(g); s += u*u; store(y + c, u, m);
+            soon(x + c + f.xs); soon(z + c + f.zs); soon<1>(y + c + f.ys);
+        });
         const T r = 1/std::sqrt(total<T>(s)/f.d + (T)f.eps);
         each<T>(f.d, [&](int64_t c, int64_t m) { store(y + c, load(y + c, m)*r*load(f.w + c, m), m); });
     }
@@ -474,6 +478,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
         each<T>(f.d, [&](int64_t c, int64_t m) {                                        // for now silu(z) and its slope
             const V v = load(z + c, m), k = sigmoid<T>(v), u = load(x + c, m)*v*k; s += u*u; q += u*load(g + c, m)*load(f.w + c, m);
             store(gx + c, v*k, m); store(gz + c, k*(1 + v*(1 - k)), m);
+            soon(x + c + f.xs); soon(z + c + f.zs); soon(g + c + f.gs); soon<1>(gx + c + f.ys); soon<1>(gz + c + f.gzs);
         });
         const T r = 1/std::sqrt(total<T>(s)/f.d + (T)f.eps), a = total<T>(q)*r*r/f.d;
         each<T>(f.d, [&](int64_t c, int64_t m) {
