@@ -491,7 +491,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
 NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #1c647f03
+# %% ../nbs/21_scan.ipynb #1fcc33d4
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -568,8 +568,9 @@ class CppScan:
         self.run(f, jobs)
         return gx, gdt, gA.sum(0).t(), gB.sum(0), gC.sum(0), gh.transpose(1, 2)
     def ssd(self, x, dt, a, B, C, D, S, y, keep=None, **back):
-        "Mamba-2's heads: x (b, l, h, p), B, C (b, l, g, n), dt and decays a (b, l, h), D (h) → y; S (b, h, p, n) goes from the first " \
-        "state to the last. With g, gdt, e (b, l, h), gB, gC (parts, b, l, g, n), gD (b, h): back, y the gradient of x"
+        "Mamba-2's scan of x (b, l, h, p), dt and decays a (b, l, h), B, C (b, l, g, n), D (h) or None into y; S (b, h, p, n) goes " \
+        "from the first state to the last, None where neither matters. With g, gdt, e (b, l, h), gB, gC (parts, b, l, g, n) and " \
+        "gD (b, h) back: g is the gradient of y, y that of x (it may be g), S that of the last state and then of the first"
         (b, l, h, p), (g, n), name = x.shape, B.shape[2:], 'ssd_back' if back else 'ssd'
         words = (6*(-(-n//16)*16) + 4*self.K + 5*p + 4)*self.K
         def f(job):
@@ -884,7 +885,7 @@ class _Block(torch.autograd.Function):
         return (None, gproj, gw.sum(0)[-ctx.k:], None if bias is None else gb.sum(0), gdt.sum((0, 1)), gA, gD, gnorm.sum(0),
                 None, None, None, None)
 
-# %% ../nbs/21_scan.ipynb #e89b5364
+# %% ../nbs/21_scan.ipynb #0c1496dc
 def _docs(state, l):
     "The resets of the running forward pass, if they are for sequences of this length"
     return state.reset if state.reset is not None and state.reset.shape[1]==l else None
@@ -918,7 +919,8 @@ def _replacements(state):
                                           dt_limit=(0.0, math.inf), **kw):
         kernel, (k, d) = best_kernel(zxbcdt), reversed(conv1d_weight.shape)
         ws = (conv1d_weight, dt_bias, D, rmsnorm_weight) + (() if conv1d_bias is None else (conv1d_bias,))
-        if not (state.block in state.fused and isinstance(kernel, CppScan) and zxbcdt.dtype in (torch.float32, torch.float64)
+        if not (state.block in state.norms and state.norms[state.block] is state.block.norm     # not one that tunes it
+                and isinstance(kernel, CppScan) and zxbcdt.dtype in (torch.float32, torch.float64)
                 and all(w is not None and w.dtype==zxbcdt.dtype and w.is_contiguous() for w in ws) and zxbcdt.numel() and k<=8
                 and activation in ('silu', 'swish') and tuple(dt_limit)==(0.0, math.inf) and D.dim()==1):
             return None                                                           # then transformers goes step by step
@@ -934,11 +936,11 @@ def mamba_blocks(model):
     return {n: m for n,m in model.named_modules()
             if _scans & set(getattr(inspect.unwrap(type(m).forward), '__code__', _Scan.forward.__code__).co_names)}
 
-# %% ../nbs/21_scan.ipynb #8d28ef2e
+# %% ../nbs/21_scan.ipynb #2339f74b
 class fast_scan:
     "Replace the slow scans in `model`; as a `with` block they are put back at its end, otherwise by `.undo()`"
     def __init__(self, model, quiet=False):   # quiet: say nothing of a model without Mamba blocks
-        self.reset = self.h0 = self.block = None; self.undos, self.left, self.fused = [], {}, set()
+        self.reset = self.h0 = self.block = None; self.undos, self.left, self.norms = [], {}, {}
         blocks = mamba_blocks(model); ours = _replacements(self)
         for name,m in blocks.items():
             why = self._why_not(m)
@@ -967,7 +969,7 @@ class fast_scan:
             self.block = None if mask is not None and not bool(mask.all()) else block   # padding is masked between the steps
             return g(block, hidden_states, cache_params, *a, **kw)
         m.forward = types.MethodType(forward, m)
-        if is_gated_norm(getattr(m, 'norm', None)): self.fused.add(m)
+        if is_gated_norm(getattr(m, 'norm', None)): self.norms[m] = m.norm
         self.undos.append(lambda: m.__dict__.pop('forward', None))
     def _positions(self, model, args, kwargs):
         p = kwargs.get('position_ids'); self.reset = None
