@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #c951693c
+# %% ../nbs/21_scan.ipynb #cb8ee1a0
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -241,6 +241,7 @@ extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
     T* gx, T* gdt, T* gA, T* gB, T* gC, T* work, int64_t l, int64_t d, int64_t n, int64_t K, int64_t c0, int64_t c1) \
     { bwd<T>(x, dt, A, B, C, reset, hs, gy, gh, gx, gdt, gA, gB, gC, work, l, d, n, K, c0, c1); }
 
+const int64_t Q = 64;                                                    // tokens to a chunk of Mamba-2
 // O (R, N) += A (R, K) B (K, N), N in whole vectors, up to six rows and four vectors of O at a time in registers. A's (r, k) lies at r ar + k ak
 template<class T, int R, int M> static void tile(T* O, int64_t os, const T* A, int64_t ar, int64_t ak, const T* B, int64_t bs, int64_t K) {
     USE; V s[R][M];
@@ -295,6 +296,10 @@ template<class T> static inline T total(typename Vec<T>::V v) {
     for (int64_t h = W/2; h; h /= 2) for (int64_t i = 0; i < h; i++) s[i] += s[i + h];
     return s[0];
 }
+template<class T> static void totals(T* O, const T* I) {                                                 // of Q vectors, each one's sum
+    USE; T b[W*Q]; flip(b, Q, I, W, Q, W, true);
+    for (int64_t k = 0; k < Q; k += W) { V s = {}; for (int64_t i = 0; i < W; i++) s += load(b + i*Q + k, W); store(O + k, s, W); }
+}
 template<class T> static bool zero(const T* I, int64_t n) { for (int64_t i = 0; i < n; i++) if (I[i]) return false; return true; }
 template<class T> static inline typename Vec<T>::V one(int64_t j, int64_t k) {                           // vector k of the j-th unit vector
     USE; V v = {}; if (j/W == k) v[j%W] = 1; return v;
@@ -304,7 +309,6 @@ template<class T> static inline typename Vec<T>::V one(int64_t j, int64_t k) {  
 // states. x, g, out (l, h, p): input, gradient of the output, output or gradient of the input; dt, a, gdt, e (l, h): steps, decays, gradients
 // of dt as a factor of x and of the log decays; B, C, gB, gC (l, n); D, gD (h); S (h, p, n): first and last state, or the gradient of the last
 // and of the first, null for zeros that no one asks back for; out may be g; keep (chunks, h, p, N): the states before each chunk
-const int64_t Q = 64;
 template<class T> struct Rows { T* at; int64_t step; T* operator()(int64_t r) const { return at + r*step; } };
 template<class T> struct Ssd { Rows<T> x, dt, a, B, C, D, g, S, keep, out, gdt, e, gB, gC, gD; int64_t l, h, p, n; };
 template<class T> static inline T times(const Ssd<T>& f, int64_t t0, int64_t m, int64_t j, T* dt, T* cum) {   // → the chunk's whole decay
@@ -385,14 +389,15 @@ template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
             }
             for (int64_t k = 0; k < m; k += W) mul(gx, Q, g + k, Q, 1, M + k*Q, Q, p, k + W, m - k < W ? m - k : W);
             flip(f.out(t0) + j*p, f.out.step, gx, Q, p, m, false);
-            std::memset(old, 0, Q*sizeof(T)); std::memset(O, 0, Q*N*sizeof(T));
+            T sum[Q*W] = {}; std::memset(O, 0, Q*N*sizeof(T));
             if (!last) mul(gB, N, xr, 1, Q, q, N, m, N, p);
             if (!first) mul(O, N, gr, 1, Q, S, N, m, N, p);
             for (int64_t t = 0; t < m && !first; t++) {
                 V v = {};
                 for (int64_t i = t*N; i < t*N + N; i += W) { const V o = load(O + i, W); v += o*load(C + i, W); store(gC + i, load(gC + i, W) + o, W); }
-                old[t] = total<T>(v);
+                store(sum + t*W, v, W);
             }
+            totals(old, sum);
             V v = {}; for (int64_t i = 0; i < p*N; i += W) { const V h = load(q + i, W); v += h*load(S + i, W); store(q + i, h*now, W); }
             if (f.S.at || t0) mul(q, N, gr, Q, 1, C, N, p, N, m);
             T behind = total<T>(v)*now, before = 0;                                     // e_t: all that reaches from before t to t or behind it
@@ -400,8 +405,9 @@ template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
             V z[X] = {};
             for (int64_t t = m - 1; t >= 0; t--) {
                 V s = {}; for (int64_t k = 0; k < X; k++) { z[k] = (z[k] + load(E + t*Q + k*W, W))*(1 - one<T>(t, k)); s += z[k]; }
-                f.e(t0 + t)[j] += total<T>(s) + (behind += old[t]);
+                store(sum + t*W, s, W); f.e(t0 + t)[j] += behind += old[t];
             }
+            totals(old, sum); for (int64_t t = 0; t < m; t++) f.e(t0 + t)[j] += old[t];
         }
         mul(gC, N, U, Q, 1, B, N, m, N, m); mul(gB, N, U, 1, Q, C, N, m, N, m);
         for (int64_t t = 0; t < m; t++) { std::memcpy(f.gB(t0 + t), gB + t*N, n*sizeof(T)); std::memcpy(f.gC(t0 + t), gC + t*N, n*sizeof(T)); }
