@@ -65,7 +65,7 @@ def check_spec(s):
     elif not preset(s.base): locate(s.base)
     return s
 
-# %% ../nbs/90_cli.ipynb #59bd071c
+# %% ../nbs/90_cli.ipynb #57e4741a
 command = Axis('command')
 
 @command
@@ -73,7 +73,7 @@ def run(*spec:str,             # Fields as key=value, e.g. method=lora train.lr=
         study:str='runs',      # Folder below data/results
         force:bool=False):     # Run again although the record exists
     "Run one Spec, or show its record if it has run before"
-    return recorded(check_spec(parse_spec(spec)), study, force)
+    return recorded(check_rows(check_spec(parse_spec(spec)), study, force), study, force)
 
 def recorded(s, study, force=False):
     "Run Spec `s`, and what it starts from, unless there is a record; the record"
@@ -399,14 +399,16 @@ def dpo(*changes:str,              # Fields of the Spec as key=value, e.g. train
         dpo_spec(base_of(base), data, task, method, beta, loss, held_items(task, data, items), seed),
         changes, processes, study, force)
 
-def check_rows(s):
-    "Look at the template and read the rows of a file now: a mistake in the last one should not cost a run"
+def check_rows(s, study, force=False):
+    "Look at the template and, if there is no record yet, read the files of rows to train and to evaluate on: " \
+    "a mistake in the last one should not cost a run"
     from flow2lab.core import check_names, task
     from flow2lab.stages import TEMPLATES
-    a = s.task_args
-    check_names('template', filter(None, [a.get('template')]), TEMPLATES)
-    if a.get('path') and not a.get('stream') and not hasattr(task[s.task], 'tokenizer'):
-        task[s.task].load(**{'split': 'train', **a})
+    check_names('template', filter(None, [s.task_args.get('template')]), TEMPLATES)
+    if not force and results_path(study, f'{s.name}--{s.id}').exists(): return s
+    for name,args in [(s.task, {'split': 'train', **s.task_args}), *s.eval.items()]:
+        given = name!='samples' and isinstance(args, dict) and args.get('path') and not args.get('stream')
+        if given and not hasattr(task[name], 'tokenizer'): task[name].load(**args)
     return s
 
 def held_items(task, data, items):
@@ -416,7 +418,7 @@ def trained_together(s, changes, processes, study, force):
     "The record of Spec `s` with `changes`, trained by several processes if asked"
     from flow2lab.core import output_path
     from flow2lab.scratch import train_in_processes
-    s = check_rows(check_spec(s.but(**parse_fields(changes))))
+    s = check_rows(check_spec(s.but(**parse_fields(changes))), study, force)
     if processes<1: raise UserError(f'processes={processes}: give 1 or more.')
     if processes>1 and (force or not results_path(study, f'{s.name}--{s.id}').exists()):
         if isinstance(s.base, Spec): recorded(s.base, study)
@@ -461,7 +463,7 @@ def inventory_text(r):
              *(f'  {run}  {method}  {size(found)}' for (run, method),found in by_run.items())]
     return '\n'.join(lines + [f'over the size guideline: {o}' for o in r['over']])
 
-# %% ../nbs/90_cli.ipynb #46f30ca3
+# %% ../nbs/90_cli.ipynb #1ad86001
 class Result:
     "A value with two faces: `to_dict` for programs, `str` for people"
     def __init__(self, d, text): self.d, self.text = d, text
@@ -500,7 +502,9 @@ def main(argv=None):
         with stdout_to_stderr() if as_json else contextlib.nullcontext(sys.stdout) as out:
             r = f(*(many[0] if many else ()), **kw)
             print(to_json(r) if as_json else r, file=out, flush=True)
-    except UserError as e: print(f'flow2lab {argv[0]}: {e}', file=sys.stderr); return 2
+    except UserError as e:
+        print(f'flow2lab {argv[0]}:', str(e).removeprefix(f'{argv[0]}: '), file=sys.stderr)
+        return 2
     except BrokenPipeError:                    # who reads has heard enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141

@@ -232,7 +232,7 @@ def merged(what, given, defaults):
     check_names(f'{what} field', given, defaults)
     return AttrDict({**defaults, **{k: check_value(f'{what}.{k}', v, defaults[k]) for k,v in given.items()}})
 
-# %% ../nbs/00_core.ipynb #f7a93e03
+# %% ../nbs/00_core.ipynb #8298b5cf
 def train_defaults(
     epochs=1.0,            # Passes over the training rows; ignored when `tokens` is given
     tokens=0,              # Budget in tokens, 0 to count epochs
@@ -266,10 +266,10 @@ SCHEMA = 1                                           # Of the records: part of e
 def _check_training(s):
     "Refuse settings of a training that does not take place, and a training that does nothing"
     given = [k for k in ('method', 'method_args', 'train', 'task_args') if getattr(s, k) not in ('', 'full', {})]
+    t = merged('train', s.train, TRAIN)
     if not s.task and given:
         raise UserError(f'{given[0]} without task: nothing would be trained. Name what to train on, '
                         f'e.g. task=nano_math, or leave {given[0]} out.')
-    t = merged('train', s.train, TRAIN)
     if s.task and not t.tokens and not t.epochs:
         raise UserError('train.epochs=0: trains nothing. Give a number above 0, or train.tokens.')
 

@@ -133,3 +133,11 @@ def test_a_run_is_recorded_once(tmp_path):
         assert a==b and (folder/'metrics.json').stat().st_mtime_ns==before
     finally:
         import shutil; shutil.rmtree(ROOT/'data/results/test-cli', ignore_errors=True)
+
+def test_a_mistake_in_the_last_row_costs_no_run(tmp_path):
+    rows = [json.dumps(dict(instruction=f'Say {i}.', output=str(i))) for i in range(9)]
+    good, bad = tmp_path/'good.jsonl', tmp_path/'bad.jsonl'
+    good.write_text('\n'.join(rows)); bad.write_text('\n'.join([*rows, '{"instruction": "broken']))
+    for fields in ([f'task_args.path={bad}'], [f'task_args.path={good}', f'eval.alpaca.path={bad}']):
+        fails('run', 'task=alpaca', 'method=lora', *fields, says='bad.jsonl:10', FLOW2LAB_RESULTS=str(tmp_path/'results'))
+    assert not (tmp_path/'results').exists()
