@@ -497,7 +497,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
 NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #1fcc33d4
+# %% ../nbs/21_scan.ipynb #99159a07
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -524,7 +524,8 @@ def build(source, folder=None):
     finally: tmp.unlink(missing_ok=True)
     return lib
 
-_ptr = lambda t: ctypes.c_void_p(None if t is None else t.data_ptr())
+_at = lambda t: 0 if t is None else t.data_ptr()
+_ptr = lambda t: ctypes.c_void_p(_at(t))
 
 class CppScan:
     "The scan compiled for this CPU: float32 and float64, states up to 256"
@@ -574,9 +575,10 @@ class CppScan:
         self.run(f, jobs)
         return gx, gdt, gA.sum(0).t(), gB.sum(0), gC.sum(0), gh.transpose(1, 2)
     def ssd(self, x, dt, a, B, C, D, S, y, keep=None, **back):
-        "Mamba-2's scan of x (b, l, h, p), dt and decays a (b, l, h), B, C (b, l, g, n), D (h) or None into y; S (b, h, p, n) goes " \
-        "from the first state to the last, None where neither matters. With g, gdt, e (b, l, h), gB, gC (parts, b, l, g, n) and " \
-        "gD (b, h) back: g is the gradient of y, y that of x (it may be g), S that of the last state and then of the first"
+        "Mamba-2's scan of x (b, l, h, p), dt and decays a (b, l, h), B, C (b, l, g, n), D (h) or None into y; " \
+        "S (b, h, p, n) goes from the first state to the last, None where neither matters. With g, gdt, e " \
+        "(b, l, h), gB, gC (parts, b, l, g, n), gD (b, h) back: g is the gradient of y, y that of x (it may be g), S that of " \
+        "the last state and then of the first"
         (b, l, h, p), (g, n), name = x.shape, B.shape[2:], 'ssd_back' if back else 'ssd'
         words = (6*(-(-n//16)*16) + 4*self.K + 5*p + 4)*self.K
         def f(job):
@@ -589,21 +591,22 @@ class CppScan:
                 of.update({n: back[n][i,:,r] for n in ('g', 'gdt', 'e')}, gD=back['gD'][i,r])
                 of.update({n: back[n][part,i,:,k] for n in ('gB', 'gC')})
             views = [of.get(n) for n in 'x dt a B C D g S keep out gdt e gB gC gD'.split()]
-            fields = [*(v for t in views for v in ((0, 0) if t is None else (t.data_ptr(), t.stride(0)))), l, m, p, n]
+            fields = [*(v for t in views for v in (_at(t), 0 if t is None else t.stride(0))), l, m, p, n]
             work = x.new_empty(words + m*p*(-(-n//16)*16))
             self.call(name, x, (ctypes.c_int64*len(fields))(*fields), _ptr(work))
         self.run(f, self.heads(b, g, h))
     def heads(self, b, g, h):
         "(sequence, group, a slice of its heads, part)"
-        return [(i//g, i%g, slice(i%g*h//g+first, i%g*h//g+last), part) for i,first,last,part in self.jobs(b*g, h//g, 1)]
+        m = h//g
+        return [(i//g, i%g, slice(i%g*m+first, i%g*m+last), part) for i,first,last,part in self.jobs(b*g, m, 1)]
     def conv(self, name, x, w, bias, reset, silu, y, g=None, gw=None, gb=None):
         "`conv` into y or, from its gradient g, `conv_back` into y, gw (b, k, d) and gb (b, d)"
         (b, l, d), k, back = x.shape, len(w), g is not None
         def f(job):
-            i, c0, c1, _ = job; at = lambda t: 0 if t is None else t[i].data_ptr()
+            i, c0, c1, _ = job; at = lambda t: _at(t if t is None else t[i])
             ahead = x.new_zeros(k, -(-(c1-c0)//16)*16)
-            fields = (at(x), w.data_ptr(), 0 if bias is None else bias.data_ptr(), at(g), at(y), at(y), at(gw), at(gb), ahead.data_ptr(),
-                      at(reset), x.stride(1), g.stride(1) if back else 0, y.stride(1), w.stride(0), l, silu, c0, c1)
+            fields = (at(x), _at(w), _at(bias), at(g), at(y), at(y), at(gw), at(gb), _at(ahead), at(reset),
+                      x.stride(1), g.stride(1) if back else 0, y.stride(1), w.stride(0), l, silu, c0, c1)
             self.call(f'{name}{k}', x, (ctypes.c_int64*len(fields))(*fields))
         self.run(f, self.jobs(b, d))
     def norm(self, name, x, z, w, eps, y, g=None, gz=None, gw=None):
@@ -611,8 +614,8 @@ class CppScan:
         d, e = x.shape[-1], struct.unpack('q', struct.pack('d', eps))[0]
         x, z, y, g, gz = (t if t is None else t.flatten(0, -2) for t in (x, z, y, g, gz))
         def f(job):
-            _, t0, t1, part = job; at = lambda t: 0 if t is None else t[t0:].data_ptr()
-            fields = (at(x), at(z), w.data_ptr(), at(g), at(y), at(y), at(gz), 0 if gw is None else gw[part].data_ptr(),
+            _, t0, t1, part = job; at = lambda t: _at(t if t is None else t[t0:])
+            fields = (at(x), at(z), _at(w), at(g), at(y), at(y), at(gz), _at(gw if gw is None else gw[part]),
                       *(0 if t is None else t.stride(0) for t in (x, z, g, y, gz)), t1-t0, d, e)
             self.call(name, x, (ctypes.c_int64*len(fields))(*fields))
         self.run(f, self.jobs(1, len(x)))
@@ -685,9 +688,10 @@ def _products(x, dt, A, B, C, h0, reset, q):
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #cf7c8cfb
+# %% ../nbs/21_scan.ipynb #ab0346e3
 class _Chunks(torch.autograd.Function):
-    "Mamba-2 by the compiled kernel: x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), D (h) or None, h0 (b, h, p, n)"
+    "Mamba-2 by the compiled kernel: x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), D (h) or None, " \
+    "h0 (b, h, p, n)"
     @staticmethod
     def forward(ctx, kernel, x, dt, A, B, C, D, h0, reset, back):
         x, B, C = (t if t.stride(3)==1 and t.stride(2)==t.shape[3] else t.contiguous() for t in (x, B, C))
@@ -743,12 +747,12 @@ def ssd(x,            # (b, l, h, p) input
     if not x.shape[1]: return x.clone(), h0
     kernel = None if chunk else best_kernel(x)
     if isinstance(kernel, CppScan):
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, h0) + (() if D is None else (D,)))
-        return _Chunks.apply(kernel, x, dt, A, B, C, D, h0, reset, keep)
+        back = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, D, h0))
+        return _Chunks.apply(kernel, x, dt, A, B, C, D, h0, reset, back)
     y, h = _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
     return y if D is None else y + x*D[:,None], h
 
-# %% ../nbs/21_scan.ipynb #8d2230cf
+# %% ../nbs/21_scan.ipynb #68c3bce5
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -789,7 +793,9 @@ class _CppConv(torch.autograd.Function):
         ctx.kernel.conv('conv_back', x, w, bias, reset, ctx.silu, gx, g.contiguous(), gw, gb)
         return None, gx, gw.sum(0)[-ctx.k:], None if bias is None else gb.sum(0), None, None
 
-def _window(w): return F.pad(w, (0, 0, -len(w)%4, 0)).contiguous()                 # the kernel's windows: 4 or 8 tokens
+def _window(w):
+    "Taps for the kernel's windows of 4 or 8 tokens"
+    return F.pad(w, (0, 0, -len(w)%4, 0)).contiguous()
 
 def causal_conv(x,                # (b, l, d)
                 w,                # (d, k)
@@ -801,8 +807,8 @@ def causal_conv(x,                # (b, l, d)
     _check_shapes('causal_conv', w=(w, (d, k)), bias=(bias, (d,)), reset=(reset, tuple(rows)))
     kernel, silu = best_kernel(x), activation in ('silu', 'swish')
     if isinstance(kernel, CppScan) and x.dtype==w.dtype in (torch.float32, torch.float64) and x.numel() and k<=8:
-        bias, reset = bias if bias is None else bias.to(x.dtype).contiguous(), reset if reset is None else reset.contiguous()
-        y = _CppConv.apply(kernel, x, w.t(), bias, reset, silu)
+        if bias is not None: bias = bias.to(x.dtype).contiguous()
+        y = _CppConv.apply(kernel, x, w.t(), bias, None if reset is None else reset.contiguous(), silu)
         return y if silu else _act(y, activation)
     taps = None if reset is None else torch.stack([_age(reset)>=j for j in range(1, k)]).to(x.dtype)[...,None]
     y = _Conv.apply(x, w.t().to(x.dtype), taps)
@@ -812,7 +818,7 @@ def _act(y, activation):
     from transformers.activations import ACT2FN
     return y if activation is None else ACT2FN[activation](y)
 
-# %% ../nbs/21_scan.ipynb #41248439
+# %% ../nbs/21_scan.ipynb #5b64b4ae
 class _CppNorm(torch.autograd.Function):
     "x, gate (..., d), w (d) → RMSNorm of x·silu(gate) by the compiled kernel"
     @staticmethod
@@ -839,8 +845,8 @@ def gated_norm(x, gate,    # (..., d)
                eps,        # Added to the mean square
                norm=None): # What norms x·silu(gate) where nothing is compiled; otherwise PyTorch's `rms_norm`
     "Mamba-2's norm of x·silu(gate) → (..., d)"
-    kernel = best_kernel(x)
-    if isinstance(kernel, CppScan) and x.dtype==gate.dtype==weight.dtype in (torch.float32, torch.float64) and x.dim()>1 and x.numel():
+    kernel, fits = best_kernel(x), x.dtype==gate.dtype==weight.dtype in (torch.float32, torch.float64)
+    if isinstance(kernel, CppScan) and fits and x.dim()>1 and x.numel():
         _check_shapes('gated_norm', gate=(gate, tuple(x.shape)), weight=(weight, tuple(x.shape[-1:])))
         return _CppNorm.apply(kernel, x, gate, weight.contiguous(), eps)
     y = x*F.silu(gate.to(torch.promote_types(gate.dtype, torch.float32)))
@@ -856,9 +862,10 @@ def is_gated_norm(m):
     except (TypeError, RuntimeError): return False
     return a.dtype==b.dtype and bool((a-b).abs().max() <= 16*torch.finfo(a.dtype).eps*a.abs().max())
 
-# %% ../nbs/21_scan.ipynb #0803adfd
+# %% ../nbs/21_scan.ipynb #7ca33328
 class _Block(torch.autograd.Function):
-    "Gate, x, B, C and dt side by side in `proj` (b, l, 2d + 2gn + h), p channels to a head → the normed output (b, l, d)"
+    "Gate, x, B, C and dt side by side in `proj` (b, l, 2d + 2gn + h), p channels to a head " \
+    "→ the normed output (b, l, d)"
     @staticmethod
     def forward(ctx, kernel, proj, w, bias, dt_bias, A, D, norm, eps, g, p, reset):
         proj, d, gn = proj.contiguous(), len(norm), (proj.shape[2]-2*len(norm)-len(D))//2
@@ -878,7 +885,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx, g):
         proj, mixed, dt, a, y, keep, window, bias, A, D, norm, reset = ctx.saved_tensors
         kernel, gproj = ctx.kernel, torch.empty_like(proj)
-        (gate, u, _), (ggate, gu, graw), (x, B, C) = proj.split(ctx.sizes, 2), gproj.split(ctx.sizes, 2), ctx.parts(mixed)
+        (gate, u, _), (ggate, gu, graw) = (t.split(ctx.sizes, 2) for t in (proj, gproj)); x, B, C = ctx.parts(mixed)
         gy, gnorm = y.new_empty(y.shape), norm.new_zeros(torch.get_num_threads(), len(norm))
         kernel.norm('norm_back', y.flatten(2), gate, norm, ctx.eps, gy.flatten(2), _rows(g), ggate, gnorm)
         gB, gC = B.new_empty(2, _parts(kernel, x, B), *B.shape)
@@ -887,11 +894,12 @@ class _Block(torch.autograd.Function):
         gw, gb, at = window.new_zeros(len(u), *window.shape), window.new_zeros(len(u), window.shape[1]), 0
         for part in (gy, *(t.sum(0) if len(t)>1 else t[0] for t in (gB, gC))):
             part = part.flatten(2); c = slice(at, at := at+part.shape[2])
-            kernel.conv('conv_back', u[...,c], window[:,c], None if bias is None else bias[c], reset, True, gu[...,c], part, gw[...,c], gb[:,c])
-        return (None, gproj, gw.sum(0)[-ctx.k:], None if bias is None else gb.sum(0), gdt.sum((0, 1)), gA, gD, gnorm.sum(0),
-                None, None, None, None)
+            kernel.conv('conv_back', u[...,c], window[:,c], bias if bias is None else bias[c], reset, True,
+                        gu[...,c], part, gw[...,c], gb[:,c])
+        gw, gb = gw.sum(0)[-ctx.k:], bias if bias is None else gb.sum(0)
+        return None, gproj, gw, gb, gdt.sum((0, 1)), gA, gD, gnorm.sum(0), None, None, None, None
 
-# %% ../nbs/21_scan.ipynb #0c1496dc
+# %% ../nbs/21_scan.ipynb #e0f7b799
 def _docs(state, l):
     "The resets of the running forward pass, if they are for sequences of this length"
     return state.reset if state.reset is not None and state.reset.shape[1]==l else None
@@ -923,16 +931,17 @@ def _replacements(state):
     def mamba2_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D=None, activation='silu',
                                           rmsnorm_weight=None, rmsnorm_eps=1e-6, headdim=None, ngroups=1,
                                           dt_limit=(0.0, math.inf), **kw):
-        kernel, (k, d) = best_kernel(zxbcdt), reversed(conv1d_weight.shape)
-        ws = (conv1d_weight, dt_bias, D, rmsnorm_weight) + (() if conv1d_bias is None else (conv1d_bias,))
-        if not (state.block in state.norms and state.norms[state.block] is state.block.norm     # not one that tunes it
-                and isinstance(kernel, CppScan) and zxbcdt.dtype in (torch.float32, torch.float64)
-                and all(w is not None and w.dtype==zxbcdt.dtype and w.is_contiguous() for w in ws) and zxbcdt.numel() and k<=8
+        kernel, k = best_kernel(zxbcdt), conv1d_weight.shape[1]
+        ws = [conv1d_weight, dt_bias, D, rmsnorm_weight, *([] if conv1d_bias is None else [conv1d_bias])]
+        block, T = state.block, zxbcdt.dtype
+        if not (isinstance(kernel, CppScan) and T in (torch.float32, torch.float64) and zxbcdt.numel() and k<=8
+                and block in state.norms and state.norms[block] is block.norm     # not one that tunes it
+                and all(w is not None and w.dtype==T and w.is_contiguous() for w in ws)
                 and activation in ('silu', 'swish') and tuple(dt_limit)==(0.0, math.inf) and D.dim()==1):
             return None                                                           # then transformers goes step by step
-        y = _Block.apply(kernel, zxbcdt, conv1d_weight.t(), conv1d_bias, dt_bias, A.to(zxbcdt.dtype), D, rmsnorm_weight,
-                         rmsnorm_eps, ngroups, headdim, _docs(state, zxbcdt.shape[1]))
-        return state.block.out_proj(y)
+        y = _Block.apply(kernel, zxbcdt, conv1d_weight.t(), conv1d_bias, dt_bias, A.to(T), D,
+                         rmsnorm_weight, rmsnorm_eps, ngroups, headdim, _docs(state, zxbcdt.shape[1]))
+        return block.out_proj(y)
     return locals() | dict(state=None)
 
 _scans = {'mamba_selective_scan', 'mamba2_chunk_scan'}
@@ -942,7 +951,7 @@ def mamba_blocks(model):
     return {n: m for n,m in model.named_modules()
             if _scans & set(getattr(inspect.unwrap(type(m).forward), '__code__', _Scan.forward.__code__).co_names)}
 
-# %% ../nbs/21_scan.ipynb #2339f74b
+# %% ../nbs/21_scan.ipynb #2d262efc
 class fast_scan:
     "Replace the slow scans in `model`; as a `with` block they are put back at its end, otherwise by `.undo()`"
     def __init__(self, model, quiet=False):   # quiet: say nothing of a model without Mamba blocks
@@ -972,7 +981,8 @@ class fast_scan:
             held = kw.get('past_key_values', cache_params)
             self.h0 = _held(held, block.layer_idx) if held is not None and hidden_states.shape[1]>1 else None
             mask = kw.get('attention_mask', a[0] if a else None)
-            self.block = None if mask is not None and not bool(mask.all()) else block   # padding is masked between the steps
+            # padding is masked between the steps
+            self.block = block if mask is None or bool(mask.all()) else None
             return g(block, hidden_states, cache_params, *a, **kw)
         m.forward = types.MethodType(forward, m)
         if is_gated_norm(getattr(m, 'norm', None)): self.norms[m] = m.norm
