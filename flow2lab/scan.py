@@ -497,7 +497,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
 NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #99159a07
+# %% ../nbs/21_scan.ipynb #8c7888f5
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -577,8 +577,8 @@ class CppScan:
     def ssd(self, x, dt, a, B, C, D, S, y, keep=None, **back):
         "Mamba-2's scan of x (b, l, h, p), dt and decays a (b, l, h), B, C (b, l, g, n), D (h) or None into y; " \
         "S (b, h, p, n) goes from the first state to the last, None where neither matters. With g, gdt, e " \
-        "(b, l, h), gB, gC (parts, b, l, g, n), gD (b, h) back: g is the gradient of y, y that of x (it may be g), S that of " \
-        "the last state and then of the first"
+        "(b, l, h), gB, gC (parts, b, l, g, n), gD (b, h) back: g is the gradient of y, y that of x (it may be g), " \
+        "S that of the last state and then of the first"
         (b, l, h, p), (g, n), name = x.shape, B.shape[2:], 'ssd_back' if back else 'ssd'
         words = (6*(-(-n//16)*16) + 4*self.K + 5*p + 4)*self.K
         def f(job):
