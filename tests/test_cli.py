@@ -80,7 +80,8 @@ def test_mistakes_cost_a_sentence_and_exit_code_2(args, says):
 def test_the_issues_example(tmp_path):
     f = tmp_path/'train.jsonl'; f.write_text('{"text": "a"}\n{"text":1\n{"text": "b"}\n')
     fails('data', 'check', f, says='train.jsonl:2: invalid JSON at column')
-    r = cli('data', 'check', f); assert '1 of 3 rows bad. Nothing written. Fix it, or use --skip-bad (here or with data convert).' in r.stderr
+    r = cli('data', 'check', f)
+    assert '1 of 3 rows bad. Nothing written. Fix it, or use --skip-bad (here or with data convert).' in r.stderr
 
 def test_data_inventory_names_a_folder_that_is_not_there():
     fails('data', 'inventory', says='/no/such', FLOW2LAB_DATA='/no/such')
@@ -138,6 +139,7 @@ def test_a_mistake_in_the_last_row_costs_no_run(tmp_path):
     rows = [json.dumps(dict(instruction=f'Say {i}.', output=str(i))) for i in range(9)]
     good, bad = tmp_path/'good.jsonl', tmp_path/'bad.jsonl'
     good.write_text('\n'.join(rows)); bad.write_text('\n'.join([*rows, '{"instruction": "broken']))
+    env = dict(FLOW2LAB_RESULTS=str(tmp_path/'results'))
     for fields in ([f'task_args.path={bad}'], [f'task_args.path={good}', f'eval.alpaca.path={bad}']):
-        fails('run', 'task=alpaca', 'method=lora', *fields, says='bad.jsonl:10', FLOW2LAB_RESULTS=str(tmp_path/'results'))
+        fails('run', 'task=alpaca', 'method=lora', *fields, says='bad.jsonl:10', **env)
     assert not (tmp_path/'results').exists()
