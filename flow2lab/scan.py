@@ -147,7 +147,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #cb8ee1a0
+# %% ../nbs/21_scan.ipynb #9c5c77a1
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -241,8 +241,8 @@ extern "C" void bwd_##S(const T* x, const T* dt, const T* A, const T* B, const T
     T* gx, T* gdt, T* gA, T* gB, T* gC, T* work, int64_t l, int64_t d, int64_t n, int64_t K, int64_t c0, int64_t c1) \
     { bwd<T>(x, dt, A, B, C, reset, hs, gy, gh, gx, gdt, gA, gB, gC, work, l, d, n, K, c0, c1); }
 
-const int64_t Q = 64;                                                    // tokens to a chunk of Mamba-2
-// O (R, N) += A (R, K) B (K, N), N in whole vectors, up to six rows and four vectors of O at a time in registers. A's (r, k) lies at r ar + k ak
+const int64_t Q = 64;                                                    // tokens to a chunk of Mamba-2: CppScan.K
+// O (R, N) += A (R, K) B (K, N), N in whole vectors, 6 by 4 or 12 by 2 vectors of O at a time in registers. A's (r, k) lies at r ar + k ak
 template<class T, int R, int M> static void tile(T* O, int64_t os, const T* A, int64_t ar, int64_t ak, const T* B, int64_t bs, int64_t K) {
     USE; V s[R][M];
     for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) s[r][m] = load(O + r*os + m*W, W);
@@ -287,7 +287,7 @@ template<class T> static void flip(T* O, int64_t os, const T* I, int64_t is, int
 template<class T> static void widen(T* O, int64_t os, const T* I, int64_t is, int64_t R, int64_t C) {   // a copy, filled up likewise
     USE; for (int64_t r = 0; r < R; r++) for (int64_t c = 0; c < C; c += W) store(O + r*os + c, load(I + r*is + c, C - c), W);
 }
-template<int write = 0, class T> static inline void soon(const T* p) { __builtin_prefetch(p + 256/sizeof(T), write); }
+template<int write = 0, class T> static inline void soon(const T* p) { __builtin_prefetch(p + 256/sizeof(T), write); }   // what comes 256 bytes on
 template<class T> static inline void soon(const T* I, int64_t is, int64_t R, int64_t C) {                // have it fetched meanwhile
     for (int64_t r = 0; r < R; r++) for (int64_t c = 0; c < C; c += 64/sizeof(T)) __builtin_prefetch(I + r*is + c);
 }
@@ -306,14 +306,14 @@ template<class T> static inline typename Vec<T>::V one(int64_t j, int64_t k) {  
 }
 // Mamba-2, heads 0 to h of one sequence and group, in chunks of Q tokens. Within a chunk L_ij is the product of the decays after token j up to
 // i, and y = (CB' o L o dt) x + D x + what the state S before it gives. Tiles (p, Q) and (Q, Q) hold tokens in the lanes, (Q, N) and (p, N)
-// states. x, g, out (l, h, p): input, gradient of the output, output or gradient of the input; dt, a, gdt, e (l, h): steps, decays, gradients
-// of dt as a factor of x and of the log decays; B, C, gB, gC (l, n); D, gD (h); S (h, p, n): first and last state, or the gradient of the last
-// and of the first, null for zeros that no one asks back for; out may be g; keep (chunks, h, p, N): the states before each chunk
+// states. x, g, out (l, h, p): input, gradient of the output, output or gradient of the input; dt, a, gdt, e (l, h): steps, decays less one,
+// gradients of dt as a factor of x and of the log decays; B, C, gB, gC (l, n); D, gD (h); S (h, p, n): first and last state, or the gradient of the last
+// and of the first, null for zeros that no one asks back for (`_Block`); out may be g; keep (chunks, h, p, N): the states before each chunk
 template<class T> struct Rows { T* at; int64_t step; T* operator()(int64_t r) const { return at + r*step; } };
 template<class T> struct Ssd { Rows<T> x, dt, a, B, C, D, g, S, keep, out, gdt, e, gB, gC, gD; int64_t l, h, p, n; };
 template<class T> static inline T times(const Ssd<T>& f, int64_t t0, int64_t m, int64_t j, T* dt, T* cum) {   // → the chunk's whole decay
     T now = 1;
-    for (int64_t t = 0; t < Q; t++) { dt[t] = t < m ? f.dt(t0 + t)[j] : 0; cum[t] = t < m ? now *= f.a(t0 + t)[j] : 0; }
+    for (int64_t t = 0; t < Q; t++) { dt[t] = t < m ? f.dt(t0 + t)[j] : 0; cum[t] = t < m ? now += now*f.a(t0 + t)[j] : 0; }
     return now;
 }
 template<class T> static void ssd(const Ssd<T>& f, T* work) {
@@ -331,7 +331,7 @@ template<class T> static void ssd(const Ssd<T>& f, T* work) {
             V r[X] = {}; T next = 0;
             for (int64_t t = m - 1; t >= 0; t--) {                                      // r: decays from token t to the others
                 for (int64_t k = 0; k < X; k++) {
-                    const V e = one<T>(t, k); r[k] = r[k]*next + e;
+                    const V e = one<T>(t, k); r[k] += r[k]*next + e;
                     store(M + t*Q + k*W, r[k]*load(G + t*Q + k*W, W)*dt[t] + D*e, W);
                 }
                 rest[t] = r[(m - 1)/W][(m - 1)%W]*dt[t]; next = f.a(t0 + t)[j];
@@ -370,7 +370,7 @@ template<class T> static void ssd_back(const Ssd<T>& f, T* work) {
             for (int64_t t = 0; t < m; t++) {                                           // r: decays from the others to token t
                 gD += E[t*Q + t];
                 for (int64_t k = 0; k < X; k++) {
-                    const int64_t i = t*Q + k*W; const V e = one<T>(t, k), d = load(dt + k*W, W), c = load(G + i, W); r[k] = r[k]*f.a(t0 + t)[j] + e;
+                    const int64_t i = t*Q + k*W; const V e = one<T>(t, k), d = load(dt + k*W, W), c = load(G + i, W); r[k] += r[k]*f.a(t0 + t)[j] + e;
                     const V u = load(E + i, W)*r[k], z = u*c; s[k] += z;
                     store(U + i, load(U + i, W) + u*d, W); store(E + i, z*d, W); store(M + i, c*r[k]*d + D*e, W);
                 }
@@ -435,6 +435,7 @@ template<class T, int K, class F> static inline void convolve(const Conv<T>& f, 
         if (t >= t0) token(t, z, x);
     }
 }
+// opens a loop over the tiles, which its user closes
 #define TILES const int64_t S = 32; V w[K]; for (int64_t t0 = (f.l - 1)/S*S; t0 >= 0; t0 -= S) for (int64_t c = f.c0; c < f.c1; c += W) { \
     const int64_t t1 = t0 + S < f.l ? t0 + S : f.l, m = f.c1 - c; for (int j = 0; j < K; j++) w[j] = load(f.w + j*f.ws + c, m);
 template<class T, int K> static void conv(const Conv<T>& f) {
@@ -497,7 +498,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
 NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #8c7888f5
+# %% ../nbs/21_scan.ipynb #10b0d9f3
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -528,7 +529,7 @@ _at = lambda t: 0 if t is None else t.data_ptr()
 _ptr = lambda t: ctypes.c_void_p(_at(t))
 
 class CppScan:
-    "The scan compiled for this CPU: float32 and float64, states up to 256"
+    "The scans compiled for this CPU: float32 and float64; Mamba-1's for states up to 256"
     name = 'c++'
     K = 64                                            # tokens between kept states, and to a chunk
     def __init__(self, lib): self.lib, self.pool = ctypes.CDLL(str(lib)), None
@@ -575,12 +576,12 @@ class CppScan:
         self.run(f, jobs)
         return gx, gdt, gA.sum(0).t(), gB.sum(0), gC.sum(0), gh.transpose(1, 2)
     def ssd(self, x, dt, a, B, C, D, S, y, keep=None, **back):
-        "Mamba-2's scan of x (b, l, h, p), dt and decays a (b, l, h), B, C (b, l, g, n), D (h) or None into y; " \
-        "S (b, h, p, n) goes from the first state to the last, None where neither matters. With g, gdt, e " \
+        "Mamba-2's scan of x (b, l, h, p), dt and decays less one a (b, l, h), B, C (b, l, g, n), D (h) or None " \
+        "into y; S (b, h, p, n) goes from the first state to the last, None where neither matters. With g, gdt, e " \
         "(b, l, h), gB, gC (parts, b, l, g, n), gD (b, h) back: g is the gradient of y, y that of x (it may be g), " \
         "S that of the last state and then of the first"
         (b, l, h, p), (g, n), name = x.shape, B.shape[2:], 'ssd_back' if back else 'ssd'
-        words = (6*(-(-n//16)*16) + 4*self.K + 5*p + 4)*self.K
+        words = (6*(-(-n//16)*16) + 4*self.K + 5*p + 4)*self.K      # tiles of `ssd_back`, the states come on top
         def f(job):
             i, k, r, part = job; m = r.stop-r.start
             of = dict(x=x[i,:,r], dt=dt[i,:,r], a=a[i,:,r], B=B[i,:,k], C=C[i,:,k], out=y[i,:,r])
@@ -688,7 +689,7 @@ def _products(x, dt, A, B, C, h0, reset, q):
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #ab0346e3
+# %% ../nbs/21_scan.ipynb #105065de
 class _Chunks(torch.autograd.Function):
     "Mamba-2 by the compiled kernel: x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), D (h) or None, " \
     "h0 (b, h, p, n)"
@@ -696,7 +697,7 @@ class _Chunks(torch.autograd.Function):
     def forward(ctx, kernel, x, dt, A, B, C, D, h0, reset, back):
         x, B, C = (t if t.stride(3)==1 and t.stride(2)==t.shape[3] else t.contiguous() for t in (x, B, C))
         D, dt, S = D if D is None else D.contiguous(), dt.contiguous(), h0.clone(memory_format=torch.contiguous_format)
-        y, a, keep = x.new_empty(x.shape), _decays(dt, A, reset), _kept(kernel, x, B) if back else None
+        y, a, keep = x.new_empty(x.shape), _fading(dt, A, reset), _kept(kernel, x, B) if back else None
         kernel.ssd(x, dt, a, B, C, D, S, y, keep)
         ctx.kernel = kernel; ctx.save_for_backward(x, dt, A, a, B, C, D, keep)
         return y, S
@@ -709,11 +710,15 @@ class _Chunks(torch.autograd.Function):
         gdt, gA, gD = _ssd_back(ctx.kernel, x, dt, A, a, B, C, D, S, keep, gy.contiguous(), gx, gB, gC)
         return None, gx, gdt, gA, gB.sum(0), gC.sum(0), None if D is None else gD, S, None, None
 
-def _decays(dt, A, reset): return (dt*A).exp_() if reset is None else (dt*A).exp_()*~reset[...,None]
+def _fading(dt, A, reset):
+    "Each token's decay less one, exp(Δ A) - 1: close to 1 a decay itself would be rounded to few digits"
+    a = (dt*A).expm1_()
+    return a if reset is None else a.masked_fill_(reset[...,None], -1)
 
 def _kept(kernel, x, B):
-    (b, l, h, p), n = x.shape, B.shape[3]
-    return x.new_empty(b, -(-l//kernel.K), h, p, -(-n//16)*16)
+    "Room for the state before each chunk, n in whole vectors"
+    (b, l, h, p), n, w = x.shape, B.shape[3], 64//x.element_size()
+    return x.new_empty(b, -(-l//kernel.K), h, p, -(-n//w)*w)
 
 def _parts(kernel, x, B): return 1+max(j[3] for j in kernel.heads(len(x), B.shape[2], x.shape[2]))
 
@@ -723,8 +728,11 @@ def _ssd_back(kernel, x, dt, A, a, B, C, D, S, keep, g, gx, gB, gC):
     kernel.ssd(x, dt, a, B, C, D, S, gx, keep, g=g, gdt=gdt, e=e, gB=gB, gC=gC, gD=gD)
     return gdt.addcmul_(e, A), (e*dt).sum((0, 1)), gD.sum(0)
 
-def _check_shapes(name, fits=True, **tensors):      # name=(tensor or None, shape): the kernels read without looking
-    wrong = [f'{k} {tuple(t.shape)} instead of {s}' for k,(t,s) in tensors.items() if t is not None and t.shape!=s]
+def _check_tensors(name, fits=True, **tensors):     # name=(tensor or None, shape): the kernels read without looking
+    given = {k: (t, s) for k,(t,s) in tensors.items() if t is not None}
+    if len({t.device for t,_ in given.values()})>1:
+        raise UserError(f'{name}: tensors on different devices. Move all of them to one.')
+    wrong = [f'{k} {tuple(t.shape)} instead of {s}' for k,(t,s) in given.items() if t.shape!=s]
     if wrong or not fits:
         raise UserError(f'{name}: shapes do not fit: {"; ".join(wrong) or "the heads are no multiple of the groups"}.')
 
@@ -742,9 +750,10 @@ def ssd(x,            # (b, l, h, p) input
     x, dt, A, B, C = (t.to(T) for t in (x, dt, A, B, C)); D = D if D is None else D.to(T)
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     h0 = x.new_zeros(b, h, p, n) if h0 is None else h0.to(x)
-    _check_shapes('ssd', h%g==0, dt=(dt, (b, l, h)), A=(A, (h,)), B=(B, (b, l, g, n)), C=(C, (b, l, g, n)),
-                  D=(D, (h,)), h0=(h0, (b, h, p, n)), reset=(reset, (b, l)))
-    if not x.shape[1]: return x.clone(), h0
+    _check_tensors('ssd', h%g==0, x=(x, (b, l, h, p)), dt=(dt, (b, l, h)), A=(A, (h,)), B=(B, (b, l, g, n)),
+                   C=(C, (b, l, g, n)), D=(D, (h,)), h0=(h0, (b, h, p, n)), reset=(reset, (b, l)))
+    if not x.numel(): return x.clone(), h0
+    if reset is not None: reset = reset.bool()
     kernel = None if chunk else best_kernel(x)
     if isinstance(kernel, CppScan):
         back = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, D, h0))
@@ -752,7 +761,7 @@ def ssd(x,            # (b, l, h, p) input
     y, h = _products(x, dt, A, B, C, h0, reset, min(chunk or 64, x.shape[1]))
     return y if D is None else y + x*D[:,None], h
 
-# %% ../nbs/21_scan.ipynb #68c3bce5
+# %% ../nbs/21_scan.ipynb #ad19dc59
 def _age(reset):
     "(b, l) tokens since the last reset (large before the first one)"
     i = torch.arange(reset.shape[1], device=reset.device).expand_as(reset)
@@ -804,7 +813,8 @@ def causal_conv(x,                # (b, l, d)
                 activation=None): # Of the result, by its name in transformers
     "Each channel over its last k tokens, not beyond the last reset → (b, l, d)"
     (*rows, d), k = x.shape, w.shape[-1]
-    _check_shapes('causal_conv', w=(w, (d, k)), bias=(bias, (d,)), reset=(reset, tuple(rows)))
+    _check_tensors('causal_conv', x=(x, x.shape), w=(w, (d, k)), bias=(bias, (d,)), reset=(reset, tuple(rows)))
+    if reset is not None: reset = reset.bool()
     kernel, silu = best_kernel(x), activation in ('silu', 'swish')
     if isinstance(kernel, CppScan) and x.dtype==w.dtype in (torch.float32, torch.float64) and x.numel() and k<=8:
         if bias is not None: bias = bias.to(x.dtype).contiguous()
@@ -818,7 +828,7 @@ def _act(y, activation):
     from transformers.activations import ACT2FN
     return y if activation is None else ACT2FN[activation](y)
 
-# %% ../nbs/21_scan.ipynb #5b64b4ae
+# %% ../nbs/21_scan.ipynb #8a5ff2f4
 class _CppNorm(torch.autograd.Function):
     "x, gate (..., d), w (d) → RMSNorm of x·silu(gate) by the compiled kernel"
     @staticmethod
@@ -847,37 +857,39 @@ def gated_norm(x, gate,    # (..., d)
     "Mamba-2's norm of x·silu(gate) → (..., d)"
     kernel, fits = best_kernel(x), x.dtype==gate.dtype==weight.dtype in (torch.float32, torch.float64)
     if isinstance(kernel, CppScan) and fits and x.dim()>1 and x.numel():
-        _check_shapes('gated_norm', gate=(gate, tuple(x.shape)), weight=(weight, tuple(x.shape[-1:])))
+        _check_tensors('gated_norm', x=(x, x.shape), gate=(gate, tuple(x.shape)), weight=(weight, tuple(x.shape[-1:])))
         return _CppNorm.apply(kernel, x, gate, weight.contiguous(), eps)
     y = x*F.silu(gate.to(torch.promote_types(gate.dtype, torch.float32)))
-    return norm(y) if norm else F.rms_norm(y, weight.shape, weight, eps)
+    return norm(y) if norm else F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
 
 def is_gated_norm(m):
     "Whether module `m` computes `gated_norm` over all its channels, tried on random numbers"
     w, eps = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None)
-    if eps is None or w is None or w.dim()!=1 or w.is_meta or not w.any(): return False
+    if eps is None or w is None or w.dim()!=1 or w.is_meta or w.element_size()<4 or not w.any(): return False
     with torch.random.fork_rng(), torch.no_grad(): x, gate = torch.randn(2, 2, len(w)).to(w)
     try:
         with torch.no_grad(): a, b = m(x, gate), gated_norm(x, gate, w, eps)
     except (TypeError, RuntimeError): return False
     return a.dtype==b.dtype and bool((a-b).abs().max() <= 16*torch.finfo(a.dtype).eps*a.abs().max())
 
-# %% ../nbs/21_scan.ipynb #7ca33328
+# %% ../nbs/21_scan.ipynb #a302d509
 class _Block(torch.autograd.Function):
     "Gate, x, B, C and dt side by side in `proj` (b, l, 2d + 2gn + h), p channels to a head " \
     "→ the normed output (b, l, d)"
     @staticmethod
-    def forward(ctx, kernel, proj, w, bias, dt_bias, A, D, norm, eps, g, p, reset):
+    def forward(ctx, kernel, proj, w, bias, dt_bias, A, D, norm, eps, g, p, limit, reset, back):
         proj, d, gn = proj.contiguous(), len(norm), (proj.shape[2]-2*len(norm)-len(D))//2
         def parts(t): return (v.unflatten(2, s) for v,s in zip(t.split([d, gn, gn], 2), ((-1, p), (g, -1), (g, -1))))
         gate, u, raw = proj.split([d, d+2*gn, len(D)], 2)
-        window, mixed, dt = _window(w), proj.new_empty(u.shape), F.softplus(raw+dt_bias)
+        window, mixed, dt = _window(w), proj.new_empty(u.shape), F.softplus(raw+dt_bias).clamp_(*limit)
         kernel.conv('conv', u, window, bias, reset, True, mixed)
         x, B, C = parts(mixed)
-        a, keep, y, out = _decays(dt, A, reset), _kept(kernel, x, B), x.new_empty(x.shape), x.new_empty(gate.shape)
+        a, keep = _fading(dt, A, reset), _kept(kernel, x, B) if back else None
+        y, out = x.new_empty(x.shape), x.new_empty(gate.shape)
         kernel.ssd(x, dt, a, B, C, D, None, y, keep)
         kernel.norm('norm', y.flatten(2), gate, norm, eps, out)
-        ctx.kernel, ctx.parts, ctx.sizes, ctx.eps, ctx.k = kernel, parts, [d, d+2*gn, len(D)], eps, len(w)
+        ctx.kernel, ctx.parts, ctx.sizes = kernel, parts, [d, d+2*gn, len(D)]
+        ctx.eps, ctx.k, ctx.limit = eps, len(w), limit
         ctx.save_for_backward(proj, mixed, dt, a, y, keep, window, bias, A, D, norm, reset)
         return out
     @staticmethod
@@ -890,25 +902,27 @@ class _Block(torch.autograd.Function):
         kernel.norm('norm_back', y.flatten(2), gate, norm, ctx.eps, gy.flatten(2), _rows(g), ggate, gnorm)
         gB, gC = B.new_empty(2, _parts(kernel, x, B), *B.shape)
         gdt, gA, gD = _ssd_back(kernel, x, dt, A, a, B, C, D, None, keep, gy, gy, gB, gC)
-        graw.copy_(gdt.mul_(dt.neg().expm1_().neg_()))                            # softplus: its slope is 1 - exp(-dt)
+        # softplus: its slope is 1 - exp(-dt), and 0 beyond a limit
+        graw.copy_(gdt.mul_(dt.neg().expm1_().neg_()).mul_((dt>ctx.limit[0]) & (dt<ctx.limit[1])))
         gw, gb, at = window.new_zeros(len(u), *window.shape), window.new_zeros(len(u), window.shape[1]), 0
         for part in (gy, *(t.sum(0) if len(t)>1 else t[0] for t in (gB, gC))):
             part = part.flatten(2); c = slice(at, at := at+part.shape[2])
             kernel.conv('conv_back', u[...,c], window[:,c], bias if bias is None else bias[c], reset, True,
                         gu[...,c], part, gw[...,c], gb[:,c])
         gw, gb = gw.sum(0)[-ctx.k:], bias if bias is None else gb.sum(0)
-        return None, gproj, gw, gb, gdt.sum((0, 1)), gA, gD, gnorm.sum(0), None, None, None, None
+        return None, gproj, gw, gb, gdt.sum((0, 1)), gA, gD, gnorm.sum(0), *[None]*6
 
-# %% ../nbs/21_scan.ipynb #e0f7b799
-def _docs(state, l):
-    "The resets of the running forward pass, if they are for sequences of this length"
-    return state.reset if state.reset is not None and state.reset.shape[1]==l else None
+# %% ../nbs/21_scan.ipynb #359a781f
+def _docs(here, b, l):
+    "The resets of the running forward pass (b, l), if they are for sequences of this length"
+    r = here.scan.reset
+    return r.expand(b, l).contiguous() if r is not None and r.shape[1]==l and len(r) in (1, b) else None
 
-def _replacements(state):
-    "transformers' names → our functions with the same arguments"
+def _replacements(here):
+    "transformers' names → our functions with the same arguments; `here` says which block runs, of which scan"
     def causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, **kw):
         y = causal_conv(hidden_states.transpose(1, 2).to(weight.dtype), weight, bias,
-                        _docs(state, hidden_states.shape[-1]), activation)
+                        _docs(here, len(hidden_states), hidden_states.shape[-1]), activation)
         return y.transpose(1, 2).to(hidden_states.dtype)
     def mamba_selective_scan(hidden_states, dt, A, B, C, D=None, z=None,
                              delta_bias=None, delta_softplus=False, return_last_state=False,
@@ -916,7 +930,7 @@ def _replacements(state):
         x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))                 # (b, l, ·)
         if delta_bias is not None: dt = dt + delta_bias.to(dt.dtype)
         if delta_softplus: dt = F.softplus(dt)
-        y, h = selective_scan(x, dt, A, B, C, state.h0, _docs(state, x.shape[1]))
+        y, h = selective_scan(x, dt, A, B, C, here.h0, _docs(here, *x.shape[:2]))
         if D is not None: y = torch.addcmul(y, x.to(y.dtype), D.to(y.dtype))
         if z is not None: y = y*F.silu(z.transpose(1, 2))
         return (y.transpose(1, 2), h) if return_last_state else y.transpose(1, 2)
@@ -926,23 +940,24 @@ def _replacements(state):
         if dt_bias is not None: dt = dt + dt_bias.to(dt.dtype)
         if dt_softplus: dt = F.softplus(dt)
         if tuple(dt_limit)!=(0.0, math.inf): dt = dt.clamp(*dt_limit)
-        y, h = ssd(hidden_states.float(), dt, A, B, C, initial_states, _docs(state, dt.shape[1]), D)
+        y, h = ssd(hidden_states.float(), dt, A, B, C, initial_states, _docs(here, *dt.shape[:2]), D)
         return (y, h) if return_final_states else y
     def mamba2_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D=None, activation='silu',
                                           rmsnorm_weight=None, rmsnorm_eps=1e-6, headdim=None, ngroups=1,
                                           dt_limit=(0.0, math.inf), **kw):
         kernel, k = best_kernel(zxbcdt), conv1d_weight.shape[1]
         ws = [conv1d_weight, dt_bias, D, rmsnorm_weight, *([] if conv1d_bias is None else [conv1d_bias])]
-        block, T = state.block, zxbcdt.dtype
+        block, norms, T = here.block, here.scan.norms, zxbcdt.dtype
         if not (isinstance(kernel, CppScan) and T in (torch.float32, torch.float64) and zxbcdt.numel() and k<=8
-                and block in state.norms and state.norms[block] is block.norm     # not one that tunes it
+                and block in norms and norms[block] is block.norm                 # not one that tunes it
                 and all(w is not None and w.dtype==T and w.is_contiguous() for w in ws)
-                and activation in ('silu', 'swish') and tuple(dt_limit)==(0.0, math.inf) and D.dim()==1):
+                and activation in ('silu', 'swish') and D.dim()==1):
             return None                                                           # then transformers goes step by step
         y = _Block.apply(kernel, zxbcdt, conv1d_weight.t(), conv1d_bias, dt_bias, A.to(T), D,
-                         rmsnorm_weight, rmsnorm_eps, ngroups, headdim, _docs(state, zxbcdt.shape[1]))
+                         rmsnorm_weight, rmsnorm_eps, ngroups, headdim, dt_limit, _docs(here, *zxbcdt.shape[:2]),
+                         torch.is_grad_enabled() and any(t.requires_grad for t in (zxbcdt, A, *ws)))
         return block.out_proj(y)
-    return locals() | dict(state=None)
+    return locals() | dict(here=None)
 
 _scans = {'mamba_selective_scan', 'mamba2_chunk_scan'}
 
@@ -951,16 +966,16 @@ def mamba_blocks(model):
     return {n: m for n,m in model.named_modules()
             if _scans & set(getattr(inspect.unwrap(type(m).forward), '__code__', _Scan.forward.__code__).co_names)}
 
-# %% ../nbs/21_scan.ipynb #2d262efc
+# %% ../nbs/21_scan.ipynb #8a0788dc
 class fast_scan:
     "Replace the slow scans in `model`; as a `with` block they are put back at its end, otherwise by `.undo()`"
     def __init__(self, model, quiet=False):   # quiet: say nothing of a model without Mamba blocks
-        self.reset = self.h0 = self.block = None; self.undos, self.left, self.norms = [], {}, {}
-        blocks = mamba_blocks(model); ours = _replacements(self)
+        self.reset, self.undos, self.left, self.norms = None, [], {}, {}
+        blocks, here = mamba_blocks(model), types.SimpleNamespace(); ours = _replacements(here)
         for name,m in blocks.items():
             why = self._why_not(m)
             if why: self.left[name] = why
-            else: self._replace(m, ours)
+            else: self._replace(m, ours, here)
         if self.undos: self.undos.append(model.register_forward_pre_hook(self._positions, with_kwargs=True).remove)
         self.replaced = len(blocks)-len(self.left)
         if not blocks and not quiet:
@@ -973,25 +988,25 @@ class fast_scan:
             from importlib.util import find_spec
             if find_spec('mamba_ssm'): return "mamba-ssm's CUDA kernels are installed"
         return ''
-    def _replace(self, m, ours):
+    def _replace(self, m, ours, here):
         f = inspect.unwrap(type(m).forward)
         g = types.FunctionType(f.__code__, {**f.__globals__, **ours}, f.__name__, f.__defaults__, f.__closure__)
         g.__kwdefaults__ = f.__kwdefaults__
         def forward(block, hidden_states, cache_params=None, *a, **kw):
-            held = kw.get('past_key_values', cache_params)
-            self.h0 = _held(held, block.layer_idx) if held is not None and hidden_states.shape[1]>1 else None
+            here.scan, held = block._fast_scan, kw.get('past_key_values', cache_params)
+            here.h0 = _held(held, block.layer_idx) if held is not None and hidden_states.shape[1]>1 else None
             mask = kw.get('attention_mask', a[0] if a else None)
-            # padding is masked between the steps
-            self.block = block if mask is None or bool(mask.all()) else None
+            here.block = block if mask is None or bool(mask.all()) else None      # padding is masked between the steps
             return g(block, hidden_states, cache_params, *a, **kw)
-        m.forward = types.MethodType(forward, m)
+        m.forward, m._fast_scan = types.MethodType(forward, m), self             # so a copy of the model has its own
         if is_gated_norm(getattr(m, 'norm', None)): self.norms[m] = m.norm
-        self.undos.append(lambda: m.__dict__.pop('forward', None))
+        self.undos.append(lambda: [m.__dict__.pop(k, None) for k in ('forward', '_fast_scan')])
     def _positions(self, model, args, kwargs):
         p = kwargs.get('position_ids'); self.reset = None
         if p is not None and p.dim()==2 and p.shape[1]>1 and bool((p[:,1:]==0).any()): self.reset = p==0
     def undo(self):
         while self.undos: self.undos.pop()()
+        self.reset = None; self.norms.clear()
     def __enter__(self): return self
     def __exit__(self, *a): self.undo()
     def __repr__(self):
