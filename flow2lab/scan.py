@@ -88,7 +88,7 @@ def _backward(x, dt, A, B, C, h0, reset, gy, gh):
         gA += (s*dt[:,:,i,:,None]).sum((0, 1))
     return *(t.flatten(1, 2)[:,:l] for t in (gx, gdt)), gA, *(t.flatten(1, 2)[:,:l] for t in (gB, gC)), gh
 
-# %% ../nbs/21_scan.ipynb #690e0450
+# %% ../nbs/21_scan.ipynb #6ceaf743
 class TorchScan:
     "The scan in PyTorch, for any device, dtype and state size"
     name = 'torch'
@@ -123,6 +123,14 @@ class _Scan(torch.autograd.Function):
         x, dt, A, B, C, kept = ctx.saved_tensors
         return None, *ctx.kernel.backward(x, dt, A, B, C, kept, ctx.reset, gy.contiguous(), gh.contiguous()), None
 
+def _check_tensors(name, fits=True, **tensors):     # name=(tensor or None, shape): the kernels read without looking
+    given = {k: (t, s) for k,(t,s) in tensors.items() if t is not None}
+    if len({t.device for t,_ in given.values()})>1:
+        raise UserError(f'{name}: tensors on different devices. Move all of them to one.')
+    wrong = [f'{k} {tuple(t.shape)} instead of {s}' for k,(t,s) in given.items() if t.shape!=s]
+    if wrong or not fits:
+        raise UserError(f'{name}: shapes do not fit: {"; ".join(wrong) or "the heads are no multiple of the groups"}.')
+
 def selective_scan(x,            # (b, l, d) input
                    dt,           # (b, l, d) step sizes, positive
                    A,            # (d, n) decays, negative
@@ -131,12 +139,14 @@ def selective_scan(x,            # (b, l, d) input
                    reset=None,   # (b, l) bool: forget the state before this token
                    kernel=None): # `TorchScan()`, `CppScan()`, or the fastest that takes these tensors
     "Mamba's selective scan, computed in float32 (float64 stays) → y (b, l, d), last state (b, d, n)"
-    if len({t.device for t in (x, dt, A, B, C)})>1:
-        raise UserError('selective_scan: tensors on different devices. Move all of them to one.')
+    (b, l, d), n = x.shape, A.shape[-1]
+    _check_tensors('selective_scan', x=(x, (b, l, d)), dt=(dt, (b, l, d)), A=(A, (d, n)), B=(B, (b, l, n)), C=(C, (b, l, n)),
+                   h0=(h0, (b, d, n)), reset=(reset, (b, l)))
     T = torch.float64 if x.dtype==torch.float64 else torch.float32
     x, dt, A, B, C = (t.to(T).contiguous() for t in (x, dt, A, B, C))
     h0 = x.new_zeros(*x.shape[::2], A.shape[1]) if h0 is None else h0.to(x).contiguous()
-    if not x.shape[1]: return x.clone(), h0
+    if not x.numel(): return x.clone(), h0
+    if reset is not None: reset = reset.bool()
     return _Scan.apply(kernel or best_kernel(x, A.shape[1]), x, dt, A, B, C, h0, reset)
 
 # %% ../nbs/21_scan.ipynb #8c73b7ef
@@ -689,7 +699,7 @@ def _products(x, dt, A, B, C, h0, reset, q):
     old = old.unflatten(-1, (-1, p)).transpose(3, 4).flatten(2, 3)*(s.exp()*first)[...,None]
     return (M@u+old).transpose(2, 3).flatten(1, 2)[:,:l], H[:,-1]
 
-# %% ../nbs/21_scan.ipynb #105065de
+# %% ../nbs/21_scan.ipynb #d122178a
 class _Chunks(torch.autograd.Function):
     "Mamba-2 by the compiled kernel: x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), D (h) or None, " \
     "h0 (b, h, p, n)"
@@ -727,14 +737,6 @@ def _ssd_back(kernel, x, dt, A, a, B, C, D, S, keep, g, gx, gB, gC):
     gdt, e, gD = torch.empty_like(dt), torch.empty_like(dt), dt.new_zeros(len(dt), dt.shape[2])
     kernel.ssd(x, dt, a, B, C, D, S, gx, keep, g=g, gdt=gdt, e=e, gB=gB, gC=gC, gD=gD)
     return gdt.addcmul_(e, A), (e*dt).sum((0, 1)), gD.sum(0)
-
-def _check_tensors(name, fits=True, **tensors):     # name=(tensor or None, shape): the kernels read without looking
-    given = {k: (t, s) for k,(t,s) in tensors.items() if t is not None}
-    if len({t.device for t,_ in given.values()})>1:
-        raise UserError(f'{name}: tensors on different devices. Move all of them to one.')
-    wrong = [f'{k} {tuple(t.shape)} instead of {s}' for k,(t,s) in given.items() if t.shape!=s]
-    if wrong or not fits:
-        raise UserError(f'{name}: shapes do not fit: {"; ".join(wrong) or "the heads are no multiple of the groups"}.')
 
 def ssd(x,            # (b, l, h, p) input
         dt,           # (b, l, h) step sizes, positive
@@ -828,7 +830,7 @@ def _act(y, activation):
     from transformers.activations import ACT2FN
     return y if activation is None else ACT2FN[activation](y)
 
-# %% ../nbs/21_scan.ipynb #8a5ff2f4
+# %% ../nbs/21_scan.ipynb #f1708516
 class _CppNorm(torch.autograd.Function):
     "x, gate (..., d), w (d) → RMSNorm of x·silu(gate) by the compiled kernel"
     @staticmethod
@@ -855,9 +857,9 @@ def gated_norm(x, gate,    # (..., d)
                eps,        # Added to the mean square
                norm=None): # What norms x·silu(gate) where nothing is compiled; otherwise PyTorch's `rms_norm`
     "Mamba-2's norm of x·silu(gate) → (..., d)"
+    _check_tensors('gated_norm', x=(x, x.shape), gate=(gate, tuple(x.shape)), weight=(weight, tuple(x.shape[-1:])))
     kernel, fits = best_kernel(x), x.dtype==gate.dtype==weight.dtype in (torch.float32, torch.float64)
     if isinstance(kernel, CppScan) and fits and x.dim()>1 and x.numel():
-        _check_tensors('gated_norm', x=(x, x.shape), gate=(gate, tuple(x.shape)), weight=(weight, tuple(x.shape[-1:])))
         return _CppNorm.apply(kernel, x, gate, weight.contiguous(), eps)
     y = x*F.silu(gate.to(torch.promote_types(gate.dtype, torch.float32)))
     return norm(y) if norm else F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
@@ -912,7 +914,7 @@ class _Block(torch.autograd.Function):
         gw, gb = gw.sum(0)[-ctx.k:], bias if bias is None else gb.sum(0)
         return None, gproj, gw, gb, gdt.sum((0, 1)), gA, gD, gnorm.sum(0), *[None]*6
 
-# %% ../nbs/21_scan.ipynb #359a781f
+# %% ../nbs/21_scan.ipynb #b72b55ce
 def _docs(here, b, l):
     "The resets of the running forward pass (b, l), if they are for sequences of this length"
     r = here.scan.reset
@@ -941,6 +943,7 @@ def _replacements(here):
         if dt_softplus: dt = F.softplus(dt)
         if tuple(dt_limit)!=(0.0, math.inf): dt = dt.clamp(*dt_limit)
         y, h = ssd(hidden_states.float(), dt, A, B, C, initial_states, _docs(here, *dt.shape[:2]), D)
+        y = y.contiguous()                                                        # FalconH1 takes a view of it
         return (y, h) if return_final_states else y
     def mamba2_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D=None, activation='silu',
                                           rmsnorm_weight=None, rmsnorm_eps=1e-6, headdim=None, ngroups=1,
