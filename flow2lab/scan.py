@@ -88,7 +88,7 @@ def _backward(x, dt, A, B, C, h0, reset, gy, gh):
         gA += (s*dt[:,:,i,:,None]).sum((0, 1))
     return *(t.flatten(1, 2)[:,:l] for t in (gx, gdt)), gA, *(t.flatten(1, 2)[:,:l] for t in (gB, gC)), gh
 
-# %% ../nbs/21_scan.ipynb #6ceaf743
+# %% ../nbs/21_scan.ipynb #83ed7403
 class TorchScan:
     "The scan in PyTorch, for any device, dtype and state size"
     name = 'torch'
@@ -140,8 +140,8 @@ def selective_scan(x,            # (b, l, d) input
                    kernel=None): # `TorchScan()`, `CppScan()`, or the fastest that takes these tensors
     "Mamba's selective scan, computed in float32 (float64 stays) → y (b, l, d), last state (b, d, n)"
     (b, l, d), n = x.shape, A.shape[-1]
-    _check_tensors('selective_scan', x=(x, (b, l, d)), dt=(dt, (b, l, d)), A=(A, (d, n)), B=(B, (b, l, n)), C=(C, (b, l, n)),
-                   h0=(h0, (b, d, n)), reset=(reset, (b, l)))
+    _check_tensors('selective_scan', x=(x, (b, l, d)), dt=(dt, (b, l, d)), A=(A, (d, n)), B=(B, (b, l, n)),
+                   C=(C, (b, l, n)), h0=(h0, (b, d, n)), reset=(reset, (b, l)))
     T = torch.float64 if x.dtype==torch.float64 else torch.float32
     x, dt, A, B, C = (t.to(T).contiguous() for t in (x, dt, A, B, C))
     h0 = x.new_zeros(*x.shape[::2], A.shape[1]) if h0 is None else h0.to(x).contiguous()
