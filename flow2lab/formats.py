@@ -309,12 +309,12 @@ def _read_text(p):
 
 _readers = dict(jsonl=_read_jsonl, json=_read_json, csv=_read_csv, parquet=_read_parquet, text=_read_text)
 
-# %% ../nbs/10_formats.ipynb #f5ed27f5
+# %% ../nbs/10_formats.ipynb #31871e5a
 def _complaint(p, rows, bad, line, why):
     "The error for a file with broken rows"
     count = f'{bad} of {rows} row{"s" if rows!=1 else ""} bad'
     return _broken(p, f'{str(why).rstrip(".")}. {count}',
-                   'Fix it, or use --skip-bad (here or with data convert)' if bad<rows else 'Fix it',
+                   'Fix it, or use --skip-bad of data convert or corpus' if bad<rows else 'Fix it',
                    f':{line}')
 
 def _empty(p): return _broken(p, 'empty, no rows', 'Give it at least one row')

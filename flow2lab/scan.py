@@ -157,7 +157,7 @@ def best_kernel(x, n=0):
     notes['scan'] = k.name + (f' ({why_not})' if why_not else '')
     return k
 
-# %% ../nbs/21_scan.ipynb #9c5c77a1
+# %% ../nbs/21_scan.ipynb #07f547c2
 _cpp = r'''
 #include <cstdint>
 #include <cstring>
@@ -431,9 +431,9 @@ CHUNKS(float, f32) CHUNKS(double, f64)
 EXPORT(float, f32) EXPORT(double, f64)
 
 // The convolution of channels c0 to c1 over a token and the K - 1 before it in its document. y = z or silu(z), z_t = bias + sum_j w_{K-1-j}
-// x_{t-j}. x, y, g (gradient of y), gx (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors; ys is the way to the next row of y or gx,
-// ws to that of w or gw. A window of tokens stays in registers; a token that begins a document finds it empty. 32 tokens at a time; what lies beside a vector is fetched while it is worked on
-template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gx, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, gs, ys, ws, l, silu, c0, c1; };
+// x_{t-j}. x, g (gradient of the output), y (output, or gradient of x) (l, d), w, gw (K, d), bias, gb (d), ahead (d/W, K) vectors;
+// xs, gs, ys, ws: the way to the next row. A window of tokens stays in registers; a token that begins a document finds it empty. 32 tokens at a time; what lies beside a vector is fetched while it is worked on
+template<class T> struct Conv { const T *x, *w, *bias, *g; T *y, *gw, *gb, *ahead; const uint8_t* reset; int64_t xs, gs, ys, ws, l, silu, c0, c1; };
 template<class T> static inline typename Vec<T>::V sigmoid(typename Vec<T>::V z) {
     USE; const V e = vexp(z < 0 ? z : -z); return (z < 0 ? e : V{} + 1)/(1 + e);
 }
@@ -466,7 +466,7 @@ template<class T, int K> static void conv_back(const Conv<T>& f) {
         for (int64_t t = t1 - 1; t >= t0; t--) {
             for (int j = K - 1; j; j--) a[j] = a[j-1];
             a[0] = gz[t - t0]; V g = {}; for (int j = 0; j < K; j++) g += w[K-1-j]*a[j];
-            store(f.gx + t*f.ys + c, g, m); soon<1>(f.gx + t*f.ys + c); if (f.reset && f.reset[t]) for (int j = 0; j < K; j++) a[j] = V{};
+            store(f.y + t*f.ys + c, g, m); soon<1>(f.y + t*f.ys + c); if (f.reset && f.reset[t]) for (int j = 0; j < K; j++) a[j] = V{};
         }
         store(f.gb + c, gb, m); for (int j = 0; j < K; j++) { store(f.gw + j*f.ws + c, gw[j], m); ahead[j] = a[j]; }
     }
@@ -475,8 +475,9 @@ template<class T, int K> static void conv_back(const Conv<T>& f) {
     extern "C" void conv_back##K##_##S(const Conv<T>* f) { conv_back<T, K>(*f); }
 CONV(float, f32, 4) CONV(double, f64, 4) CONV(float, f32, 8) CONV(double, f64, 8)
 
-// Mamba-2's norm of u = x silu(z), token by token: y = u r w with r = 1/rms(u), and back. x, z, g (gradient of y), y, gx, gz (l, d); w, gw (d)
-template<class T> struct Norm { const T *x, *z, *w, *g; T *y, *gx, *gz, *gw; int64_t xs, zs, gs, ys, gzs, l, d; double eps; };
+// Mamba-2's norm of u = x silu(z), token by token: y = u r w with r = 1/rms(u), and back. x, z, g (gradient of the output),
+// y (output, or gradient of x), gz (l, d); w, gw (d)
+template<class T> struct Norm { const T *x, *z, *w, *g; T *y, *gz, *gw; int64_t xs, zs, gs, ys, gzs, l, d; double eps; };
 template<class T, class F> static inline void each(int64_t d, F f) { USE; for (int64_t c = 0; c < d; c += W) f(c, d - c); }
 template<class T> static void norm(const Norm<T>& f) {
     USE; for (int64_t t = 0; t < f.l; t++) {
@@ -491,7 +492,7 @@ template<class T> static void norm(const Norm<T>& f) {
 }
 template<class T> static void norm_back(const Norm<T>& f) {
     USE; for (int64_t t = 0; t < f.l; t++) {
-        const T *x = f.x + t*f.xs, *z = f.z + t*f.zs, *g = f.g + t*f.gs; T *gx = f.gx + t*f.ys, *gz = f.gz + t*f.gzs; V s = {}, q = {};
+        const T *x = f.x + t*f.xs, *z = f.z + t*f.zs, *g = f.g + t*f.gs; T *gx = f.y + t*f.ys, *gz = f.gz + t*f.gzs; V s = {}, q = {};
         each<T>(f.d, [&](int64_t c, int64_t m) {                                        // for now silu(z) and its slope
             const V v = load(z + c, m), k = sigmoid<T>(v), u = load(x + c, m)*v*k; s += u*u; q += u*load(g + c, m)*load(f.w + c, m);
             store(gx + c, v*k, m); store(gz + c, k*(1 + v*(1 - k)), m);
@@ -508,7 +509,7 @@ template<class T> static void norm_back(const Norm<T>& f) {
 NORM(float, f32) NORM(double, f64)
 '''
 
-# %% ../nbs/21_scan.ipynb #10b0d9f3
+# %% ../nbs/21_scan.ipynb #59998aaf
 def cache_dir():
     "Where compiled kernels are kept: $XDG_CACHE_HOME/flow2lab, by default ~/.cache/flow2lab"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'flow2lab'
@@ -616,7 +617,7 @@ class CppScan:
         def f(job):
             i, c0, c1, _ = job; at = lambda t: _at(t if t is None else t[i])
             ahead = x.new_zeros(k, -(-(c1-c0)//16)*16)
-            fields = (at(x), _at(w), _at(bias), at(g), at(y), at(y), at(gw), at(gb), _at(ahead), at(reset),
+            fields = (at(x), _at(w), _at(bias), at(g), at(y), at(gw), at(gb), _at(ahead), at(reset),
                       x.stride(1), g.stride(1) if back else 0, y.stride(1), w.stride(0), l, silu, c0, c1)
             self.call(f'{name}{k}', x, (ctypes.c_int64*len(fields))(*fields))
         self.run(f, self.jobs(b, d))
@@ -626,7 +627,7 @@ class CppScan:
         x, z, y, g, gz = (t if t is None else t.flatten(0, -2) for t in (x, z, y, g, gz))
         def f(job):
             _, t0, t1, part = job; at = lambda t: _at(t if t is None else t[t0:])
-            fields = (at(x), at(z), _at(w), at(g), at(y), at(y), at(gz), _at(gw if gw is None else gw[part]),
+            fields = (at(x), at(z), _at(w), at(g), at(y), at(gz), _at(gw if gw is None else gw[part]),
                       *(0 if t is None else t.stride(0) for t in (x, z, g, y, gz)), t1-t0, d, e)
             self.call(name, x, (ctypes.c_int64*len(fields))(*fields))
         self.run(f, self.jobs(1, len(x)))

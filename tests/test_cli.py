@@ -81,7 +81,7 @@ def test_the_issues_example(tmp_path):
     f = tmp_path/'train.jsonl'; f.write_text('{"text": "a"}\n{"text":1\n{"text": "b"}\n')
     fails('data', 'check', f, says='train.jsonl:2: invalid JSON at column')
     r = cli('data', 'check', f)
-    assert '1 of 3 rows bad. Nothing written. Fix it, or use --skip-bad (here or with data convert).' in r.stderr
+    assert '1 of 3 rows bad. Nothing written. Fix it, or use --skip-bad of data convert or corpus.' in r.stderr
 
 def test_data_inventory_names_a_folder_that_is_not_there():
     fails('data', 'inventory', says='/no/such', FLOW2LAB_DATA='/no/such')

@@ -99,7 +99,7 @@ def test_code_in_shipped_answers_compiles():
 def test_the_message_of_the_readme(tmp_path):
     p = put(tmp_path, 'train.jsonl', '{"text": "one"}\n{"a": 12\n{"text": "three"}\n')
     want = ('train.jsonl:2: invalid JSON at column 9 (missing "}"). 1 of 3 rows bad. Nothing written. '
-            'Fix it, or use --skip-bad (here or with data convert).')
+            'Fix it, or use --skip-bad of data convert or corpus.')
     assert complaint(read_rows, p) == check(p).message == want
 
 def test_skip_bad_says_so(tmp_path, capsys):
