@@ -15,8 +15,10 @@ import contextlib, inspect, json, os, shutil, sys
 from functools import partial
 from pathlib import Path
 from fastcore.script import anno_parser
-from .core import (Axis, Spec, UserError, base_of, check_names, kept_files, nearest, project_path, relative,
-                           results_path, setting, to_json)
+from .values import check_names, nearest, UserError
+from .files import kept_files, project_path, relative, results_path, setting, to_json
+from .axes import Axis
+from .spec import base_of, Spec
 
 # %% ../nbs/90_cli.ipynb #38b32a76
 def parse_value(s):
@@ -57,8 +59,9 @@ def parse_spec(pairs): "A Spec from `key=value` words"; return Spec.from_dict(pa
 def check_spec(s):
     "Refuse now, in seconds, what a run would refuse after loading: wrong names, combinations that cannot work, " \
     "a base that is not there"
-    from flow2lab.models import locate, preset
-    from flow2lab.quantize import check_combination, model_folder
+    from flow2lab.archs import preset
+    from flow2lab.load import locate
+    from flow2lab.runs import check_combination, model_folder
     s.validate(); check_combination(s)
     if isinstance(s.base, Spec) and hasattr(s.base, 'record'): model_folder(s.base.record)   # its weights may be gone
     elif isinstance(s.base, Spec): check_spec(s.base)
@@ -77,7 +80,7 @@ def run(*spec:str,             # Fields as key=value, e.g. method=lora train.lr=
 
 def recorded(s, study, force=False):
     "Run Spec `s`, and what it starts from, unless there is a record; the record"
-    from flow2lab.stats import metrics_text
+    from flow2lab.compare import metrics_text
     from flow2lab.sweep import sweep
     r = sweep([s], study, force=force)[0]
     if r.status not in ('ok', 'nan', 'oom'): raise UserError(f'{s.name}: {r.status}. {r.message}')
@@ -101,8 +104,8 @@ def compare(*paths:str,          # Folders of runs, studies, or result files of 
             baseline:str='',     # Name to compare with; the untouched base if there is one
             n:int=0):            # Test items, where the files do not say
     "Which is best, and is the difference real: intervals, ranks, ties, Pareto front"
-    from flow2lab.records import load_any
-    from flow2lab.stats import compare
+    from flow2lab.foreign import load_any
+    from flow2lab.compare import compare
     if not paths: raise UserError('compare: name at least one folder, study or result file.')
     return compare(load_any([*paths], format=format, metric=metric or None, n=n or None), metric=metric or None,
                    baseline=baseline or None)
@@ -112,7 +115,7 @@ def score(task:str,              # squad_v2, gsm8k, arc, ...
           predictions:str,       # JSON object id -> text, or JSONL rows with `prediction`
           gold:str=''):          # The dataset's official file
     "Score a file of predictions as the official script does"
-    from flow2lab.tasks import score_file
+    from flow2lab.score import score_file
     if not gold: raise UserError('--gold is missing: name the file with the right answers.')
     r = score_file(task, predictions, gold)
     return Result(r, '\n'.join(f'{k:16} {v:.4f}' if isinstance(v, float) else f'{k:16} {v}' for k,v in r.items()))
@@ -125,8 +128,8 @@ def eval(model:str,              # Shipped name, folder (full, quantized, adapte
          backend:str='hf'):      # hf, mlx or gguf
     "Evaluate a model without training"
     from flow2lab.evaluate import evaluate, load_backend
-    from flow2lab.quantize import model_folder
-    from flow2lab.stats import metrics_text
+    from flow2lab.runs import model_folder
+    from flow2lab.compare import metrics_text
     if not tasks.strip(', '): raise UserError('--tasks: name at least one; `flow2lab list task` has them.')
     spec = Spec(base=str(model_folder(model) or model), backend=backend,
                 eval={t: dict(n=limit, **(dict(path=data) if data else {})) for t in tasks.split(',') if t})
@@ -141,8 +144,8 @@ def bench(model:str,             # Shipped name, folder, run, GGUF file or hub i
           repeats:int=3):        # Times measured
     "Measure size, load time, prefill and decode speed, and peak memory"
     from flow2lab.bench import bench
-    from flow2lab.quantize import model_folder
-    from flow2lab.stats import metrics_text
+    from flow2lab.runs import model_folder
+    from flow2lab.compare import metrics_text
     check_spec(Spec(base=str(model_folder(model) or model)))
     m = bench(model, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
     return Result(dict(model=model, metrics=m), metrics_text(m))
@@ -157,7 +160,7 @@ def chat(model:str,              # Shipped name, folder (full, quantized, adapte
          backend:str='hf',       # hf, mlx or gguf
          dtype:str='auto'):      # fp32, bf16 or auto
     "Talk with a model in the terminal"
-    from flow2lab.serve import chat
+    from flow2lab.chat import chat
     said = chat(model, system, temperature, top_p, max_tokens, seed, backend, dtype)
     return Result(dict(model=model, messages=said), '')
 
@@ -186,7 +189,7 @@ def merge(adapter:str,           # Folder of an adapter, or the run that trained
           out:str='',            # Folder to write; data/outputs/NAME-merged if not given
           base:str=''):          # In place of the base that the adapter names
     "Merge an adapter into its base, checked by logits"
-    from flow2lab.quantize import merge_adapter
+    from flow2lab.runs import merge_adapter
     r = merge_adapter(adapter, base_dtype, out, base)
     text = [f'{r["dtype"]} in {relative(r["folder"])}',
             f'relative error of the merge {r["error"]:.1e}, {r["allowed"]:.0e} allowed']
@@ -200,17 +203,17 @@ def data(action:str,             # check, convert or inventory
          skip_bad:bool=False,    # Leave bad rows out instead of refusing
          force:bool=False):      # For convert: overwrite the file
     "Check or convert a file of training rows, or list what the data folder holds"
-    from flow2lab import formats
-    if action=='inventory': r = formats.inventory(); return Result(r, inventory_text(r))
+    from flow2lab import check, inventory
+    if action=='inventory': r = inventory.inventory(); return Result(r, inventory_text(r))
     if action not in ('check', 'convert'):
         raise UserError(f'unknown action "{action}". {nearest(action, ["check", "convert", "inventory"])}')
     if not file: raise UserError(f'data {action}: name the file.')
     if action=='check':
-        r = formats.check(file)
+        r = check.check(file)
         if r.message and not skip_bad: print(str(r).rsplit("\n", 1)[0], file=sys.stderr); raise UserError(r.message)
         return r
     if not out: raise UserError('data convert: name the file to write with --out.')
-    n = formats.convert(file, out, skip_bad=skip_bad, force=force)
+    n = check.convert(file, out, skip_bad=skip_bad, force=force)
     return Result(dict(rows=n, file=out), f'{n} rows written to {out}')
 
 @command(pos=['axis'])
@@ -231,7 +234,8 @@ def _docs(axis): return {n: Axis.all[axis].doc(n) for n in sorted(Axis.all[axis]
 
 def _models():
     "What `base` may be"
-    from flow2lab.core import arch, packaged
+    from flow2lab.axes import arch
+    from flow2lab.spec import packaged
     shipped = {d.parent.name: 'Shipped with the lab, wants no network'
                for d in sorted(project_path(setting('models')).glob('*/config.json'))}
     shipped |= {n: f'From the package {p.replace("_", "-")} of PyPI' for n,p in packaged.items()}
@@ -244,7 +248,7 @@ def _models():
 def _fields():
     "The fields of a Spec: what each is unless given, and what it means"
     from fastcore.docments import docments
-    from flow2lab.core import BENCH, TRAIN, bench_defaults, train_defaults
+    from flow2lab.spec import BENCH, bench_defaults, TRAIN, train_defaults
     def said(of, defaults, into=''):
         docs = docments(of)
         return {into+k: f'{"" if v in ("", {}) else to_json(v):10} {docs[k]}' for k,v in defaults.items()}
@@ -264,8 +268,8 @@ def estimate(
     # Fields as key=value, e.g. base=Qwen/Qwen3-8B method=lora; also base=Mixtral-8x7B and the like
     *spec:str):
     "Parameters and memory of a Spec, before anything is loaded; of published models without their weights"
-    from flow2lab.methods import estimate_spec
-    from flow2lab.models import published
+    from flow2lab.costs import estimate_spec
+    from flow2lab.costs import published
     s = parse_spec(spec)
     if s.base in published: s.validate()
     else: check_spec(s)
@@ -289,15 +293,15 @@ def corpus(*what:str,            # prepare SOURCES..., stats CORPUS, or dedup FI
            force:bool=False):    # dedup: overwrite the file
     "Clean, deduplicate, mix and shard text (a source is a file, a folder, a declared name, or any with =weight); " \
     "look for duplicates"
-    from flow2lab import corpus as c
+    from flow2lab import duplicates, corpus
     action, names = action_of(what, ['prepare', 'stats', 'dedup'])
     if not names: raise UserError(f'corpus {action}: name {"a source" if action=="prepare" else "a corpus or file"}.')
     if action!='prepare' and len(names)>1: raise UserError(f'corpus {action}: one at a time, not {len(names)}.')
-    if action=='stats': return c.corpus_stats(names[0])
-    if action=='dedup': return c.dedup(names[0], near=near, out=out, skip_bad=skip_bad, workers=workers,
+    if action=='stats': return corpus.corpus_stats(names[0])
+    if action=='dedup': return duplicates.dedup(names[0], near=near, out=out, skip_bad=skip_bad, workers=workers,
                                        force=force)
     if not out: raise UserError('corpus prepare: name the folder to write with --out.')
-    return c.prepare(weighted(names), out, rules=rules.split(',') if rules else None,
+    return corpus.prepare(weighted(names), out, rules=rules.split(',') if rules else None,
                      language='' if language=='any' else language,
                      near=near,
                      against=[a for a in against.split(',') if a], limit=limit,
@@ -312,16 +316,16 @@ def tokenizer(*what:str,               # train CORPUS..., or check TOKENIZER [TE
               sample_mb:float=200,     # Million characters to learn from
               force:bool=False):       # train: replace a tokenizer of other settings
     "Train a tokenizer on a corpus (any with =weight), or check one: round trips, tokens a word, special tokens"
-    from flow2lab import tokenize as t
+    from flow2lab import tokenizer
     action, names = action_of(what, ['train', 'check'])
     if not names: raise UserError(f'tokenizer {action}: name {"a corpus" if action=="train" else "a tokenizer"}.')
     if action=='check':
-        from flow2lab.models import load_tokenizer
-        r = t.check_tokenizer(load_tokenizer(names[0]), names[1:], beside=known_tokenizers() if names[1:] else {})
+        from flow2lab.load import load_tokenizer
+        r = tokenizer.check_tokenizer(load_tokenizer(names[0]), names[1:], beside=known_tokenizers() if names[1:] else {})
         if not r['ok']: print(r, file=sys.stderr); raise UserError(f'{names[0]}: {r["failed"][0]}.')
         return r
     if not out: raise UserError('tokenizer train: name the folder to write with --out.')
-    return t.tokenizer_report(t.make_tokenizer(weighted(names), out, vocab=vocab, kind=kind,
+    return tokenizer.tokenizer_report(tokenizer.make_tokenizer(weighted(names), out, vocab=vocab, kind=kind,
                                                context=context, sample_mb=sample_mb, force=force), out)
 
 @command
@@ -332,8 +336,8 @@ def pack(corpus:str,               # Prepared corpus, or a file of documents
          how:str='contiguous',     # contiguous (one stream, cut anywhere) or first_fit (documents kept apart)
          workers:int=0):           # Processes, 0 for one a core
     "Turn a corpus into token sequences on disk, ready to train on"
-    from flow2lab.models import load_tokenizer
-    from flow2lab.tokenize import pack_corpus
+    from flow2lab.load import load_tokenizer
+    from flow2lab.packs import pack_corpus
     for k,v in dict(tokenizer=tokenizer, out=out).items():
         if not v: raise UserError(f'pack: --{k} is missing.')
     return pack_corpus(corpus, load_tokenizer(tokenizer), out, seq_len=seq_len, how=how, workers=workers)
@@ -402,8 +406,9 @@ def dpo(*changes:str,              # Fields of the Spec as key=value, e.g. train
 def check_rows(s, study, force=False):
     "Look at the template and, if there is no record yet, read the files of rows to train and to evaluate on: " \
     "a mistake in the last one should not cost a run"
-    from flow2lab.core import check_names, task
-    from flow2lab.stages import TEMPLATES
+    from flow2lab.values import check_names
+    from flow2lab.axes import task
+    from flow2lab.templates import TEMPLATES
     check_names('template', filter(None, [s.task_args.get('template')]), TEMPLATES)
     if not force and results_path(study, f'{s.name}--{s.id}').exists(): return s
     for name,args in [(s.task, {'split': 'train', **s.task_args}), *s.eval.items()]:
@@ -416,7 +421,7 @@ def held_items(task, data, items):
 
 def trained_together(s, changes, processes, study, force):
     "The record of Spec `s` with `changes`, trained by several processes if asked"
-    from flow2lab.core import output_path
+    from flow2lab.spec import output_path
     from flow2lab.scratch import train_in_processes
     s = check_rows(check_spec(s.but(**parse_fields(changes))), study, force)
     if processes<1: raise UserError(f'processes={processes}: give 1 or more.')
@@ -435,7 +440,7 @@ def action_of(words, known):
 
 def known_tokenizers():
     "Tokenizers at hand to compare one with"
-    from flow2lab.models import load_tokenizer
+    from flow2lab.load import load_tokenizer
     try: return {'SmolLM2': load_tokenizer('SmolLM2-135M-Instruct')}
     except (UserError, OSError, ValueError, ImportError): return {}
 
@@ -449,7 +454,7 @@ def weighted(names):
 # %% ../nbs/90_cli.ipynb #1a2647d3
 def inventory_text(r):
     "What `data inventory` says to a person"
-    from flow2lab.formats import human_bytes
+    from flow2lab.check import human_bytes
     sets, runs, by_run = r['datasets'], r['results'], {}
     def size(adapters): return human_bytes(sum(a['bytes'] for a in adapters))
     for a in r['adapters']:                       # a run keeps up to three: the one to use, the best and the last

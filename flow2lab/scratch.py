@@ -12,15 +12,17 @@ __all__ = ['LORA', 'SFT_LR', 'DPO_LR', 'sized', 'dial', 'pretrain_spec', 'size_c
 import json, os, subprocess, sys, tempfile
 from pathlib import Path
 from fastcore.basics import AttrDict
-from .core import Spec, UserError, output_path, project_path, to_json
-from .core import kept as _kept
+from .values import UserError
+from .files import project_path, to_json
+from .spec import output_path, Spec
+from .files import kept as _kept
 
 # %% ../nbs/77_scratch.ipynb #8c04a3d7
 def sized(base, vocab=0):
     "A preset's model on the meta device, with `vocab` words"
     import torch
     from transformers import AutoModelForCausalLM
-    from flow2lab.models import preset
+    from flow2lab.archs import preset
     a = preset(base)
     if not a:
         raise UserError(f'{base}: no preset, so it cannot start from nothing. Take e.g. '
@@ -35,7 +37,7 @@ def dial(size='tiny',    # nano, tiny, small, base, d1 to d99, or a preset such 
          vocab=0,        # Words of the tokenizer, 0 for the preset's own
          seq_len=0):     # Of the pack; 0 for the model's context
     "What a size asks for: base, parameters, tokens, learning rate, batch and the operations of it all"
-    from flow2lab.models import active_params, count_params, flops_per_token
+    from flow2lab.costs import active_params, count_params, flops_per_token
     if ratio<=0 or tokens<0:
         raise UserError(f'a budget of ratio={ratio:g}, tokens={tokens} trains nothing. '
                         'Give a ratio or a number of tokens above 0.')
@@ -60,8 +62,8 @@ def pretrain_spec(pack,               # Folder that `pack_corpus` made
                   eval={}, seed=0,
                   **train):           # Differences from TRAIN and from the dial
     "The Spec that pretrains `size` on `pack`; a pack of another tokenizer is refused now"
-    from flow2lab.models import load_tokenizer
-    from flow2lab.tokenize import load_pack
+    from flow2lab.load import load_tokenizer
+    from flow2lab.packs import load_pack
     tok = load_tokenizer(tokenizer); p = load_pack(pack, tok)
     d = dial(size, ratio, tokens, len(tok), p.seq_len)
     most = getattr(sized(d.base, len(tok)).config, 'max_position_embeddings', p.seq_len)     # a Mamba has no limit
@@ -87,7 +89,8 @@ def size_class(parameters):
 
 def parameters_of(base):
     "Parameters of what a Spec may start from"
-    from flow2lab.models import count_params, load_tokenizer, meta_model
+    from flow2lab.load import load_tokenizer
+    from flow2lab.costs import count_params, meta_model
     if isinstance(base, Spec):
         last = output_path(base)/'last'
         if (last/'config.json').is_file(): return count_params(meta_model(last)).total
@@ -142,10 +145,10 @@ def train_in_processes(spec, processes, extra=()):
 def train_here(spec):
     "This process's share of the training of `spec`"
     import torch
-    from flow2lab import methods, preference, quantize, tasks
+    from flow2lab import contamination, methods, preference, runs
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    tok, model = quantize.tokenizer_of(spec), quantize.start(spec)
-    data = tasks.training_data(spec.but(eval={}), tok)
+    tok, model = runs.tokenizer_of(spec), runs.start(spec)
+    data = contamination.training_data(spec.but(eval={}), tok)
     model = methods.attach(model, spec, steps=preference.count_steps(data, tok, model, spec))
     every = spec.train.save_every or 10**9           # the last step is always saved
     return preference.learn(model, tok, data, spec.but(train=dict(save_every=every)), out=output_path(spec))

@@ -19,7 +19,9 @@ from fastcore.nbio import mk_cell, nb2str, read_nb, write_nb
 from nbdev.doclinks import patch_name
 from nbdev.process import NBProcessor, Processor
 from nbdev.processors import clean_magics, filter_stream_, hide_line, rm_header_dash, strip_ansi
-from .core import Axis, UserError, atomic_write, check_names, project_path
+from .values import check_names, UserError
+from .files import atomic_write, project_path
+from .axes import Axis
 
 # %% ../nbs/91_site.ipynb #6b0f6e93
 def tags_of(directives):

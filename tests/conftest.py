@@ -2,7 +2,7 @@
 import os, signal, subprocess, sys
 from pathlib import Path
 import pytest
-from flow2lab.core import project_root
+from flow2lab.files import project_root
 
 @pytest.fixture(scope='session')
 def root(): return project_root()

@@ -9,8 +9,8 @@ STUDIES = [d.name for d in sorted(REF.glob('*')) if (d/'answer.json').exists()]
 
 def test_readme_tables_are_the_reference_records():
     from flow2lab.records import load_records
-    from flow2lab.stats import compare
-    from flow2lab.study import base_spec, in_domain, scale_of
+    from flow2lab.compare import compare
+    from flow2lab.scales import base_spec, in_domain, scale_of
     text = (ROOT/'README.md').read_text()
     for study,scale in (('methods', 'nano'), ('methods-small', 'small')):
         s = scale_of(scale); df = load_records(REF/study)
@@ -19,7 +19,7 @@ def test_readme_tables_are_the_reference_records():
             assert line.strip() in text, f'README lacks: {line}'
 
 def test_readme_speeds_are_the_reference_records():
-    from flow2lab.records import benchmark_line
+    from flow2lab.ratios import benchmark_line
     text = (ROOT/'README.md').read_text()
     rows = [r for p in sorted((REF/'benchmarks').glob('*.json')) for r in json.loads(p.read_text())]
     assert len(rows)>30
@@ -39,7 +39,7 @@ def test_readme_findings_are_the_records(study):
 
 def test_readme_on_real_text_says_what_the_ranks_are():
     from flow2lab.records import load_records
-    from flow2lab.stats import compare
+    from flow2lab.compare import compare
     assert 'The hybrid and Mamba-2 are ahead of the three others' in (ROOT/'README.md').read_text()
     rows = compare(load_records(REF/'architectures-small'), metric='perplexity/bits_per_byte').rows
     rank = {n.split('-')[0]: (lo, hi) for n,lo,hi in zip(rows['name'], rows['rank_low'], rows['rank_high'])}

@@ -2,9 +2,10 @@
 import json, os, resource, signal, subprocess, sys, time
 import numpy as np, pytest
 from pathlib import Path
-from flow2lab import corpus, tokenize
+from flow2lab import duplicates, corpus, tokenizer, packs
 from flow2lab.cli import main
-from flow2lab.core import UserError, project_root
+from flow2lab.values import UserError
+from flow2lab.files import project_root
 
 shared = project_root().parent/'shared/data'
 real = pytest.mark.skipif(not shared.is_dir(), reason='the real data of ../shared/data is not here')
@@ -28,7 +29,7 @@ def web(tmp_path_factory):
                          for i in range(1200)))
     return p
 
-corpus.CHUNK = 600_000         # characters: several chunks of little text
+duplicates.CHUNK = 600_000         # characters: several chunks of little text
 FLOW2LAB = [sys.executable, '-c', 'import sys; from flow2lab import corpus; from flow2lab.cli import main; '
             'corpus.CHUNK = 600_000; sys.exit(main())']
 def left(folder):
@@ -76,7 +77,8 @@ def test_real_text_to_a_trained_model(tmp_path, capfd):
     assert t['ok'] and t['vocab']==2048
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-    from flow2lab.train import fit, pack
+    from flow2lab.packing import pack
+    from flow2lab.train import fit
     torch.set_num_threads(1); torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=2048, hidden_size=32, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -85,7 +87,7 @@ def test_real_text_to_a_trained_model(tmp_path, capfd):
         p = run('pack', tmp_path/'c', '--tokenizer', tmp_path/'tok', '--out', tmp_path/how,
                 '--seq-len', 256, '--how', how)
         assert p['efficiency']>=.98 and p['documents']==c['documents']
-        k = tokenize.load_pack(tmp_path/how, AutoTokenizer.from_pretrained(tmp_path/'tok')); rows, valid = k.split(.05)
+        k = packs.load_pack(tmp_path/how, AutoTokenizer.from_pretrained(tmp_path/'tok')); rows, valid = k.split(.05)
         r = fit(model, None, rows, dict(lr=3e-3, tokens=40_000, batch_tokens=2048), valid=valid, progress=False)
         assert r.status=='ok' and r.steps[-1]['loss']<r.steps[0]['loss']
     i = int(np.bincount(k.index[:,0]//256).argmax()); row = k.row(i)            # the fullest row
@@ -163,9 +165,9 @@ def test_users_mistakes(tmp_path, prepared, capsys):
 def test_stale_things_are_refused(web, prepared, tmp_path, capsys):
     "A corpus changed under its manifest, and a pack by another tokenizer"
     c = corpus.prepare(web, tmp_path/'c', language='', limit=300, workers=1).folder
-    a, b = (tokenize.make_tokenizer(c, tmp_path/n, vocab=v) for n,v in (('a', 512), ('b', 600)))
-    p = tokenize.pack_corpus(c, a, tmp_path/'p', seq_len=128, workers=1)
-    with pytest.raises(UserError, match='packed with another tokenizer'): tokenize.load_pack(p.folder, b)
+    a, b = (tokenizer.make_tokenizer(c, tmp_path/n, vocab=v) for n,v in (('a', 512), ('b', 600)))
+    p = packs.pack_corpus(c, a, tmp_path/'p', seq_len=128, workers=1)
+    with pytest.raises(UserError, match='packed with another tokenizer'): packs.load_pack(p.folder, b)
     shard = next(c.glob('shards-*/*')); whole = shard.read_bytes(); shard.write_bytes(whole[:-1]+b'?')
     says(capsys, 'pack', c, '--tokenizer', tmp_path/'a', '--out', tmp_path/'q',
          part='changed after the corpus was prepared')
@@ -190,7 +192,7 @@ def test_memory_does_not_grow(web, tmp_path):
     words = np.array(WORDS+[w for l in open(web).readlines()[:300] for w in json.loads(l)['text'].split()], object)
     with open(big, 'w') as f:
         while f.tell()<1e9: f.write(json.dumps(dict(text=' '.join(words[rng.integers(0, len(words), 400)])))+'\n')
-    tok = tokenize.make_tokenizer(corpus.prepare(web, tmp_path/'t', language='', limit=0).folder, tmp_path/'tok',
+    tok = tokenizer.make_tokenizer(corpus.prepare(web, tmp_path/'t', language='', limit=0).folder, tmp_path/'tok',
                                   vocab=2048)
     grown = {}
     for how in ('prepare', 'contiguous', 'first_fit'):

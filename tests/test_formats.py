@@ -1,9 +1,13 @@
 "Data files as people really have them: the real ones of ../shared/data, and hostile ones"
 import gzip, json, os, signal, subprocess, sys, textwrap, time
 import pytest
-from flow2lab import formats
-from flow2lab.core import UserError, project_root
-from flow2lab.formats import check, convert, inventory, raw_rows, read_rows, split, write_rows
+from flow2lab import inventory
+from flow2lab.values import UserError
+from flow2lab.files import project_root
+from flow2lab.rows import raw_rows
+from flow2lab.shapes import read_rows
+from flow2lab.check import check, convert, split, write_rows
+from flow2lab.inventory import inventory
 
 shared = project_root().parent/'shared'/'data'
 real = pytest.mark.skipif(not shared.is_dir(), reason='the real data of ../shared/data is not here')
@@ -188,7 +192,8 @@ def test_memory_does_not_grow(tmp_path):
                        row_group_size=n, compression='none')
     code = '''
         import resource, sys
-        from flow2lab.formats import read_rows, convert
+        from flow2lab.shapes import read_rows
+        from flow2lab.check import convert
         assert sum(1 for _ in read_rows(sys.argv[1])) == int(sys.argv[2])
         if sys.argv[1].endswith('jsonl'): convert(sys.argv[1], sys.argv[1]+'.out.jsonl')
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'''
@@ -210,7 +215,8 @@ def test_disk_full_leaves_the_old_file(tmp_path):
     write_rows((dict(text='x'*1000) for _ in range(1000)), src); dst.write_text('old')
     said = measured('''
         import resource, sys
-        from flow2lab.formats import convert, UserError
+        from flow2lab.values import UserError
+        from flow2lab.check import convert
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try: convert(*sys.argv[1:], force=True)
         except UserError as e: print(e)''', src, dst)
@@ -253,5 +259,5 @@ def test_inventory(tmp_path, monkeypatch):
     assert inv['results'] == dict(runs=1, studies=dict(methods=1), bytes=2)
     assert [(a['name'], a['method'], a['base']) for a in inv['adapters']] == [('quotes_lora_adapter', 'LORA', 'nano')]
     assert inv['over'] == []
-    monkeypatch.setitem(formats.LIMITS, 'dataset', 10)
+    monkeypatch.setitem(inventory.LIMITS, 'dataset', 10)
     assert inventory()['over'][0].startswith('a.jsonl: 28 B, over the 10 B of one dataset')

@@ -2,10 +2,11 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from flow2lab.core import Spec
-from flow2lab.methods import attach, save_adapter
-from flow2lab.models import load_tokenizer
-from flow2lab.quantize import load_base, open_model
+from flow2lab.spec import Spec
+from flow2lab.methods import attach
+from flow2lab.adapters import save_adapter
+from flow2lab.load import load_tokenizer
+from flow2lab.runs import load_base, open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 def merge(*args):

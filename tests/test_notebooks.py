@@ -7,7 +7,7 @@ they parse, what they import from flow2lab exists, and papermill finds their par
 import ast, io, json, re, shutil, tokenize
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from flow2lab.core import project_root
+from flow2lab.files import project_root
 
 ROOT = project_root()
 ALL = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb')

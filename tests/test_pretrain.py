@@ -2,7 +2,7 @@
 "(about 20 minutes a size; FLOW2LAB_SLOW=1)"
 import json, os
 import pytest
-from flow2lab.core import fingerprint, project_path
+from flow2lab.files import fingerprint, project_path
 
 @pytest.mark.skipif(os.environ.get('FLOW2LAB_SLOW')!='1',
                     reason='slow: set FLOW2LAB_SLOW=1 to derive the shipped models again')

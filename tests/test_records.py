@@ -1,14 +1,18 @@
 "Records as processes meet them: many writers, kills, full disks, and result files that others made"
 import json, os, random, shutil, signal, subprocess, sys, time, warnings
 import pytest
-from flow2lab.core import UserError, project_root
-from flow2lab.records import load_any, load_items, load_records, read_run, run_folders, summary
-from flow2lab.stats import compare, wilson
+from flow2lab.values import UserError
+from flow2lab.files import project_root
+from flow2lab.records import load_items, load_records, read_run, run_folders, summary
+from flow2lab.foreign import load_any
+from flow2lab.intervals import wilson
+from flow2lab.compare import compare
 
 WRITER = '''
 import sys
 from pathlib import Path
-from flow2lab.core import Spec, hash_of
+from flow2lab.files import hash_of
+from flow2lab.spec import Spec
 from flow2lab.records import metric, save
 class Toy(Spec):
     "A Spec whose id and name need no axis"

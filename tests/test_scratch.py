@@ -22,7 +22,8 @@ def ok(*args, **kw):
 def made(tmp_path_factory):
     "A folder with a pack, a tokenizer and another one"
     from flow2lab.nano import pretraining_rows, row_text
-    from flow2lab.tokenize import make_tokenizer, pack_corpus
+    from flow2lab.tokenizer import make_tokenizer
+    from flow2lab.packs import pack_corpus
     d = tmp_path_factory.mktemp('scratch'); rows = pretraining_rows(1500)
     (d/'raw.jsonl').write_text(''.join(json.dumps(dict(text=' '.join(row_text(next(rows)) for _ in range(10))))+'\n'
                                        for _ in range(150)))

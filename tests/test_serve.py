@@ -2,7 +2,7 @@
 import base64, http.client, json, os, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
-from flow2lab.core import project_path
+from flow2lab.files import project_path
 
 openai = pytest.importorskip('openai', reason='the openai client is not installed: pip install -e ".[dev]"')
 pytest.importorskip('uvicorn', reason='the server is not installed: pip install -e ".[serve]"')
@@ -57,7 +57,7 @@ class Serving:
 @pytest.fixture(scope='module')
 def both(tmp_path_factory):
     "Two servers, started side by side: the shipped nano, and a model that never stops on one row behind a token"
-    from flow2lab.models import load_model, load_tokenizer
+    from flow2lab.load import load_model, load_tokenizer
     folder = tmp_path_factory.mktemp('endless'); m = load_model('transformer-micro', seed=0, vocab=724)
     m.config.max_position_embeddings = 20000
     m.save_pretrained(folder/'endless'); load_tokenizer('nano').save_pretrained(folder/'endless')

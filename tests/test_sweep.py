@@ -2,24 +2,29 @@
 import json, os, random, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import psutil, pytest
-from flow2lab.core import Spec, UserError, hash_of
-from flow2lab.sweep import check_template, execute, sweep
+from flow2lab.values import UserError
+from flow2lab.files import hash_of
+from flow2lab.spec import Spec
+from flow2lab.parameters import check_template
+from flow2lab.execute import execute
+from flow2lab.sweep import sweep
 
 SWEEPER = '''
 import json, os, sys
-from flow2lab.core import Spec, hash_of
-from flow2lab import sweep as s
+from flow2lab.files import hash_of
+from flow2lab.spec import Spec
+from flow2lab import sweep
 class Tiny(Spec):
     id = property(lambda self: hash_of(self.to_dict()))
     name = property(lambda self: f'tiny-{self.seed}')
 if __name__=='__main__':
     seeds, kw = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-    rs = s.sweep([Tiny(seed=i) for i in seeds], 'demo', template='tiny.ipynb', **kw)
+    rs = sweep.sweep([Tiny(seed=i) for i in seeds], 'demo', template='tiny.ipynb', **kw)
     print(json.dumps([(r.spec.seed, r.status, r.message) for r in rs]))
 '''
 BEGIN = '''
 import json, os, time
-from flow2lab.core import atomic_dir, project_path
+from flow2lab.files import atomic_dir, project_path
 spec = json.loads(spec_json); seed = spec['seed']
 def note(name):
     with open(project_path(name), 'a') as f: f.write(f'{seed} ')
@@ -181,7 +186,7 @@ def test_failure_replaces_no_result(lab):
 STUDY = '''
 import sys, os; sys.path.insert(0, project)
 from sweeper import Tiny, s
-rs = s.sweep([Tiny(seed=i) for i in range(3)], 'demo', template='tiny.ipynb', jobs=2)
+rs = sweep.sweep([Tiny(seed=i) for i in range(3)], 'demo', template='tiny.ipynb', jobs=2)
 print(rs, 'parent', os.getppid())'''
 
 def test_study_that_sweeps(lab, capsys):

@@ -2,8 +2,12 @@
 "of predictions."
 import json, random, subprocess, sys
 import pytest
-from flow2lab.core import UserError, project_root, task
-from flow2lab.tasks import arc, contamination, gsm8k, openmath, perplexity, score_file, squad_v2, windows
+from flow2lab.values import UserError
+from flow2lab.files import project_root
+from flow2lab.axes import task
+from flow2lab.datasets import arc, gsm8k, openmath, perplexity, squad_v2, windows
+from flow2lab.contamination import contamination
+from flow2lab.score import score_file
 
 shared = project_root()/'../shared/data'
 real = pytest.mark.skipif(not shared.exists(),

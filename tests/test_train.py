@@ -31,7 +31,7 @@ def _run(out, settings=SETTINGS, pace=0, fsize=None, memory=None, world=None, fu
         os.environ.update(RANK=str(world[0]), LOCAL_RANK=str(world[0]), WORLD_SIZE=str(world[1]),
                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(world[2]))
     import torch
-    from flow2lab.core import UserError
+    from flow2lab.values import UserError
     from flow2lab.train import Curve, fit
     if pace:      # time enough to be killed in
         write = Curve.write
