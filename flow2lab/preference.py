@@ -27,17 +27,17 @@ def encode_pairs(rows, tok, seq_len=512,   # Longest prompt with an answer, in t
     for i,row in enumerate(rows, 1):
         if row['chosen'].strip()==row['rejected'].strip():
             raise UserError(f'row {i}: chosen and rejected are the same. Take the row out.')
-        p = encode._ids(tok, prompt_text(tok, row['messages'])); p = encode._one_bos(tok, p, p)[0]
+        p = encode.token_ids(tok, prompt_text(tok, row['messages'])); p = encode.one_bos(tok, p, p)[0]
         c, r = (_answer(tok, row['messages'], row[k], i) for k in ('chosen', 'rejected'))
         n = len(p)+max(len(c), len(r))
         if n<=seq_len: out.append(dict(prompt_ids=p, chosen_ids=c, rejected_ids=r, input_ids=p+c+p+r, labels=[]))
         else: long.append((i, n))
-    encode._check_long(long, len(out), seq_len, limit)
+    encode.check_lengths(long, len(out), seq_len, limit)
     out.dropped = len(long)
     return out
 
 def _answer(tok, messages, answer, i):
-    ids, labels = encode._turn(tok, messages, answer)
+    ids, labels = encode.encode_turn(tok, messages, answer)
     if not answer.strip(): raise UserError(f'row {i}: an answer is empty. Give it one, or take the row out.')
     return [t for t,l in zip(ids, labels) if l!=-100]
 
