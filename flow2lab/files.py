@@ -29,7 +29,7 @@ def setting(name):
     if (v := os.environ.get('FLOW2LAB_'+name.upper())) is not None: return v
     cp, f = configparser.ConfigParser(), project_root()/'settings.ini'
     cp.read_dict({'flow2lab': dict(results='data/results', reference='data/reference', outputs='data/outputs',
-                                   data='data/datasets', models='data/models/nano', scale='nano', hub_timeout='5')})
+                                   data='data/datasets', models='data/models/nano', scale='nano', hub_timeout='5', plugins='')})
     if f.is_file(): cp.read(f, encoding='utf-8')
     if name not in cp['flow2lab']:
         raise UserError(f'settings.ini: unknown setting "{name}". {nearest(name, cp["flow2lab"])}')
