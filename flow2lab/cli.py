@@ -19,7 +19,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from .values import check_names, nearest, UserError
-from .files import kept_files, project_path, relative, results_path, setting, to_json
+from .files import portable_paths, project_path, relative, results_path, setting, to_json
 from .axes import Axis
 from .spec import base_of, Spec
 
@@ -63,7 +63,7 @@ def parse_fields(pairs):   # Words of the form field=value
             if not isinstance(at, dict): raise UserError(f'"{pair}": {word} already has a plain value.')
         at[last] = _field_value(name, last, v)
     if isinstance(d.get('base'), str): d['base'] = base_of(d['base'])
-    return kept_files(d)
+    return portable_paths(d)
 
 # %% ../nbs/90_cli.ipynb #55e2a792
 def parse_spec(pairs):   # Words of the form field=value
@@ -490,7 +490,7 @@ def held_items(task, data, items):   # Name of the task, its file ('' for the hu
     if not items: return {}
     args = dict(n=items)
     if data: args['path'] = data
-    return kept_files({task: args})
+    return portable_paths({task: args})
 
 # %% ../nbs/90_cli.ipynb #2d3b593b
 def run_distributed(s,           # A Spec
@@ -524,7 +524,7 @@ def pretrain(*changes:str,         # Fields of the Spec as key=value, e.g. train
     from flow2lab.scratch import pretrain_spec
     need('pretrain', pack=pack, tokenizer=tokenizer)
     asked = dict(samples=0)
-    if held: asked |= kept_files(dict(perplexity=dict(path=held)))
+    if held: asked |= portable_paths(dict(perplexity=dict(path=held)))
     return run_distributed(pretrain_spec(pack, tokenizer, eval=asked, **kwargs), changes, processes, study, force)
 
 # %% ../nbs/90_cli.ipynb #5e0996a4

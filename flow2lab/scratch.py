@@ -15,7 +15,7 @@ from fastcore.basics import AttrDict
 from .values import UserError
 from .files import project_path, to_json
 from .spec import output_path, Spec
-from .files import kept as _kept
+from .files import portable_path as _kept
 
 # %% ../nbs/77_scratch.ipynb #8c04a3d7
 def sized(base, vocab=0):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from fastcore.basics import AttrDict, patch
 from .values import bound_args, check_dict, check_names, check_value, merged, UserError
-from .files import fingerprint, hash_of, kept, project_path, results_path, setting, to_json
+from .files import (
+    fingerprint, hash_of, portable_path, project_path, results_path, setting, to_json)
 from .axes import backend, method, quantizer, task
 from .names import spec_name
 
@@ -221,7 +222,7 @@ def base_of(name):
     "What a Spec starts from: the Spec of a run, a folder as `kept`, or `name` as it is"
     p = Path(str(name)).expanduser(); there = base_folder(name)
     if there is None and (f := find_run(name)): return run_spec(f)
-    return kept(name) if there and p.exists() and p.resolve()==there else str(name)
+    return portable_path(name) if there and p.exists() and p.resolve()==there else str(name)
 
 # %% ../nbs/04_spec.ipynb #2c1cd734
 def method_args(spec): return AttrDict(bound_args('method', method[spec.method], spec.method_args))
