@@ -6,8 +6,8 @@ Docs: https://flow2lab.github.io/flow2lab/site.html.md"""
 
 # %% auto #0
 __all__ = ['SECTIONS', 'tags_of', 'add_tags', 'outside_code', 'callouts', 'names_of', 'cut', 'module_of', 'definitions', 'head',
-           'process_nb', 'load_page', 'relink', 'resolve', 'readme', 'find_pages', 'section_page', 'axes_page',
-           'link_names', 'Stage', 'build_site', 'said_aside', 'outputs']
+           'process_nb', 'load_page', 'relink', 'resolve', 'to_markdown', 'readme', 'find_pages', 'section_page',
+           'axes_page', 'link_names', 'Stage', 'build_site', 'drop_stderr', 'outputs']
 
 # %% ../nbs/91_site.ipynb #18f65210
 import ast, inspect, os, re, shutil, subprocess, sys, tempfile
@@ -23,106 +23,141 @@ from .values import check_names, UserError
 from .files import atomic_write, project_path
 from .axes import Axis
 
-# %% ../nbs/91_site.ipynb #6b0f6e93
-def tags_of(directives):
+# %% ../nbs/91_site.ipynb #a8bc70b5
+def tags_of(directives):   # {directive: its value}, as nbdev reads them
     "The tags that show a code cell as its directives ask"
     off = lambda k: directives.get(k)=='false'
-    return [t for t,on in {
-        'remove-cell':   'hide' in directives or off('include'),
-        'remove-input':  off('echo'),
-        'remove-output': off('output'),
-        'hide-input':    directives.get('code-fold')==''}.items() if on]
+    wanted = {'remove-cell':   'hide' in directives or off('include'),
+              'remove-input':  off('echo'),
+              'remove-output': off('output'),
+              'hide-input':    directives.get('code-fold')==''}
+    return [tag for tag,on in wanted.items() if on]
 
-def add_tags(cell):
-    "Processor: write a code cell's directives down as tags, beside those it has"
+# %% ../nbs/91_site.ipynb #6d983aa2
+def add_tags(cell):   # Of a notebook in nbdev's processing
+    "Processor: write a code cell's directives as tags, beside those it has"
     if cell.cell_type!='code': return
-    if (new := tags_of(cell.directives_)): cell.metadata['tags'] = sorted({*cell.metadata.get('tags', []), *new})
+    new = tags_of(cell.directives_)
+    if new: cell.metadata['tags'] = sorted({*cell.metadata.get('tags', []), *new})
 
-# %% ../nbs/91_site.ipynb #e64bd182
-_code = re.compile(r'(^ {0,3}(?P<f>```+|~~~+).*?^ {0,3}(?P=f)[`~]*[ \t]*$)', re.S|re.M)
+# %% ../nbs/91_site.ipynb #fbae05fb
+_fence = re.compile(r'(^ {0,3}(?P<f>```+|~~~+).*?^ {0,3}(?P=f)[`~]*[ \t]*$)', re.S|re.M)
 
-def outside_code(md, f):
+def outside_code(md,   # Markdown
+                 f):   # Takes a piece of text without fenced blocks, returns what stands in its place
     "`md` with `f` applied to all that is not in a fenced block"
     parts, at = [], 0
-    for m in _code.finditer(md):
+    for m in _fence.finditer(md):
         parts += [f(md[at:m.start()]), m[0]]
         at = m.end()
     return ''.join([*parts, f(md[at:])])
 
+# %% ../nbs/91_site.ipynb #b36b0029
 _callout = re.compile(r'^(:{3,}) *\{ *\.callout-(note|tip|warning|important|caution)'
                       r'(?: +title="([^"]*)")?[^}]*\} *$', re.M)
 
-def callouts(md):
-    "Quarto's callout boxes as MyST admonitions"
-    box = lambda m: f'{m[1]}{{admonition}} {m[3]}\n:class: {m[2]}\n' if m[3] else f'{m[1]}{{{m[2]}}}'
-    return outside_code(md, lambda s: _callout.sub(box, s))
+def _box(m):
+    "The opening line of MyST's box for a match of `_callout`"
+    fence, kind, title = m.groups()
+    return f'{fence}{{admonition}} {title}\n:class: {kind}\n' if title else f'{fence}{{{kind}}}'
 
-# %% ../nbs/91_site.ipynb #94780440
+def callouts(md):   # Markdown
+    "`md` with Quarto's callout boxes as MyST admonitions"
+    return outside_code(md, lambda s: _callout.sub(_box, s))
+
+# %% ../nbs/91_site.ipynb #3fefafd8
 _defs = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
-def names_of(node):
-    "Public names that a top-level statement defines; a patch is called `Class.method`"
+def names_of(node):   # Top-level statement of a cell
+    "Public names that the statement defines; a patch is called `Class.method`"
     if not isinstance(node, _defs): return []
     names = patch_name(node)
-    return [n for n in ([names] if isinstance(names, str) else names) if not n.split('.')[-1].startswith('_')]
+    names = [names] if isinstance(names, str) else names
+    return [n for n in names if not n.split('.')[-1].startswith('_')]
 
-def cut(src):
-    "`src` cut around each public definition: a list of (names, code)"
+# %% ../nbs/91_site.ipynb #a01bb567
+def _first_line(node, lines):
+    "Index of the line where a statement begins, its decorators and the comment above it included"
+    at = min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', []))]) - 1
+    while at and lines[at-1].startswith('#'): at -= 1
+    return at
+
+def cut(src):   # Source of a cell
+    "[(names, code)] of the pieces of a cell, in order; nothing is lost"
     lines, cuts, last = src.splitlines(True), {0: []}, []
     for node in ast.parse(src).body:
         names = names_of(node)
-        at = min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', []))]) - 1
-        while at and lines[at-1].startswith('#'): at -= 1       # the comment above goes with it
-        if names or last: cuts[at] = names
+        if names or last: cuts[_first_line(node, lines)] = names
         last = names
     starts = sorted(cuts)
     pieces = [(cuts[a], ''.join(lines[a:b]).strip('\n')) for a,b in zip(starts, [*starts[1:], None])]
     return [p for p in pieces if p[1].strip()]
 
-# %% ../nbs/91_site.ipynb #be8f8d4a
+# %% ../nbs/91_site.ipynb #763ed893
 _exp = re.compile(r'^\s*#\|\s*default_exp\s+(\S+)', re.M)
 
-def module_of(nb):
+def module_of(nb):   # Notebook
     "The module that a notebook exports to, '' when it exports none"
-    return next((m[1] for c in nb.cells if c.cell_type=='code' and (m := _exp.search(c.source))), '')
+    found = (_exp.search(c.source) for c in nb.cells if c.cell_type=='code')
+    return next((m[1] for m in found if m), '')
 
-_glance = 24     # Lines of a definition that are shown without a click
-
+# %% ../nbs/91_site.ipynb #bbac0266
 class definitions(Processor):
     "Cut exported cells into definitions under headings with anchors; render `show_doc`"
+    glance = 24     # Lines of a definition that are shown without a click
     def begin(self):
         self.nb.anchors_ = {}
         self.nb.cells = [new for c in self.nb.cells for new in self.expand(c)]
     def expand(self, cell):
         if cell.cell_type!='code' or 'hide' in cell.directives_: return [cell]
-        if (m := re.fullmatch(r'show_doc\(([\w.]+)\)', cell.source.strip())): return self.signature(m[1])
+        shown = re.fullmatch(r'show_doc\(([\w.]+)\)', cell.source.strip())
+        if shown: return self.signature(shown[1])
         if not {'export', 'exports'} & cell.directives_.keys() or not self.nb.module_: return [cell]
         return [new for names,code in cut(cell.source) for new in self.piece(cell, names, code)]
-    def heading(self, names):
-        new, have = [n for n in names if n not in self.nb.anchors_], self.nb.anchors_
-        for n in new:     # anchors know no case: class `Warm` and function `warm` need two
-            at = f'{self.nb.module_}.{n}'
-            while at.lower() in map(str.lower, have.values()): at += '.2'
-            have[n] = at
-        return ''.join(f'({have[n]})=\n' for n in new) + '### ' + ', '.join(names)
-    def piece(self, cell, names, code):
-        fold = (code.count('\n')>=_glance or
-                all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body))
-        if fold and 'exports' not in cell.directives_: code = '#| code-fold: true\n' + code
-        body = mk_cell(code)
-        body.directives_ = body.directives
-        return [mk_cell(self.heading(names), 'markdown'), body] if names else [body]
-    def signature(self, name):
-        ns = vars(import_module('flow2lab.'+self.nb.module_)) if self.nb.module_ else {}
-        return [mk_cell(f'{self.heading([name])}\n\n'
-                        f'{MarkdownRenderer(eval(name, ns), name=name)._repr_markdown_()}', 'markdown')]
 
-# %% ../nbs/91_site.ipynb #1de1fa98
-def head(md):
-    "Title and reason of a page: the first `# title` and the first `> why`"
-    find = lambda p: m[1].strip() if (m := re.search(p, md, re.M)) else ''
+# %% ../nbs/91_site.ipynb #dd3d20f2
+@patch
+def heading(self:definitions, names):   # Public names of one piece
+    "A heading for `names`, with an anchor for each that has none yet"
+    have = self.nb.anchors_
+    new = [n for n in names if n not in have]
+    for n in new:
+        at = f'{self.nb.module_}.{n}'
+        while at.lower() in map(str.lower, have.values()): at += '.2'
+        have[n] = at
+    return ''.join(f'({have[n]})=\n' for n in new) + '### ' + ', '.join(names)
+
+# %% ../nbs/91_site.ipynb #574974c7
+@patch
+def piece(self:definitions,
+          cell,     # Exported cell
+          names,    # Public names that the piece defines
+          code):    # Its source
+    "The cells that show one piece: a heading if it defines something, and the code, folded if it is long"
+    only_imports = all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body)
+    fold = only_imports or code.count('\n')>=self.glance
+    if fold and 'exports' not in cell.directives_: code = '#| code-fold: true\n' + code
+    body = mk_cell(code)
+    body.directives_ = body.directives
+    return [mk_cell(self.heading(names), 'markdown'), body] if names else [body]
+
+# %% ../nbs/91_site.ipynb #7d11f2eb
+@patch
+def signature(self:definitions, name):   # As in show_doc(name)
+    "The cell that stands for `show_doc(name)`: heading, signature, docstring"
+    ns = vars(import_module('flow2lab.'+self.nb.module_)) if self.nb.module_ else {}
+    doc = MarkdownRenderer(eval(name, ns), name=name)._repr_markdown_()
+    return [mk_cell(f'{self.heading([name])}\n\n{doc}', 'markdown')]
+
+# %% ../nbs/91_site.ipynb #66283790
+def head(md):   # Markdown of a page
+    "(title, reason): the first `# title` and the first `> why`, '' where there is none"
+    def find(pattern):
+        m = re.search(pattern, md, re.M)
+        return m[1].strip() if m else ''
     return find(r'^# +(.+)$'), find(r'^> *(.+)$')
 
+# %% ../nbs/91_site.ipynb #671bed7a
 class _undirected(Processor):
     "Drop directive lines, hidden cells and cells with nothing in them"
     def begin(self):
@@ -132,8 +167,8 @@ class _undirected(Processor):
 
 _procs = [definitions, strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, add_tags, _undirected]
 
-def process_nb(nb):
-    "A notebook as its readers see it; carries `title_`, `why_`, `module_` and `anchors_`"
+def process_nb(nb):   # Notebook, changed in place
+    "`nb` as its readers see it; it gets `title_`, `why_`, `module_` and `anchors_`"
     nb.module_ = module_of(nb)
     NBProcessor(nb=nb, procs=_procs, rm_directives=False).process()
     for i,c in enumerate(nb.cells): c['id'] = f'cell-{i}'
@@ -141,61 +176,81 @@ def process_nb(nb):
     nb.metadata['language_info'] = dict(name='python', pygments_lexer='ipython3')
     return nb
 
-def load_page(path):
-    "`process_nb` of the notebook at `path`"
+# %% ../nbs/91_site.ipynb #cb5e5236
+def load_page(path):   # Of a notebook
+    "The notebook at `path` as its readers see it, see `process_nb`"
     return process_nb(read_nb(path))
 
-# %% ../nbs/91_site.ipynb #03886e97
+# %% ../nbs/91_site.ipynb #96d40dfb
 _link = re.compile(r'(\]\(|\bsrc=")([^)\s"#]*)([^)\s"]*)')
 
-def relink(md,
-           f):   # Takes the path of a local link, returns the path to put there
+def relink(md,  # Markdown
+           f):  # Takes the path of a local link, returns the path to put there
     "`md` with the path of each local link or image replaced by `f(path)`"
     def _one(m):
-        pre, path, rest = m.groups()
-        return m[0] if not path or re.match(r'[a-z]+:|/', path) else pre + f(path) + rest
+        before, path, rest = m.groups()
+        return m[0] if not path or re.match(r'[a-z]+:|/', path) else before + f(path) + rest
     return outside_code(md, lambda s: _link.sub(_one, s))
 
+# %% ../nbs/91_site.ipynb #150c9509
 def resolve(page,   # The page with the link, as seen from the project root
             link):  # A local path in it
     "What `link` means, as seen from the project root; `UserError` when nothing is there"
-    # A record's notebook was written elsewhere: its links start from the template or the study it is a run of
-    homes = ['nbs', 'nbs/studies', 'nbs/benchmarks'] if page.startswith('data/') and page.endswith('.ipynb') else []
-    found = [os.path.normpath(os.path.join(h, link)) for h in [os.path.dirname(page), *homes]]
+    is_record = page.startswith('data/') and page.endswith('.ipynb')
+    homes = [os.path.dirname(page)] + (['nbs', 'nbs/studies', 'nbs/benchmarks'] if is_record else [])
+    found = [os.path.normpath(os.path.join(h, link)) for h in homes]
     for p in found:
         if not p.startswith('..') and project_path(p).exists(): return p
+    if is_record and (moved := _renamed(found)): return moved
     raise UserError(f'{page}: the link to {link} leads nowhere ({found[0]} does not exist). '
                     'Correct it, or make the file.')
 
-# %% ../nbs/91_site.ipynb #e6276c22
-_note = '<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n'
+def _renamed(paths):
+    "The notebook that today has the name of one of `paths` behind its number; records outlive a numbering"
+    for p in paths:
+        name = re.sub(r'^\d\d_', '', os.path.basename(p))
+        for q in sorted(project_path('nbs').glob(f'[0-9][0-9]_{name}')): return f'nbs/{q.name}'
+    return None
 
-def _markdown(nb):
-    "nbconvert's markdown of a processed notebook"
+# %% ../nbs/91_site.ipynb #639d735f
+def _exporter():
+    "nbconvert's exporter of markdown, which minds the tags"
     from nbconvert import MarkdownExporter
     from nbconvert.preprocessors import TagRemovePreprocessor
     from traitlets.config import Config
-    import nbformat
     c = Config()
     c.NbConvertBase.display_data_priority = ['text/markdown', 'text/html', 'text/plain']
     c.TagRemovePreprocessor.enabled = True
     c.TagRemovePreprocessor.remove_input_tags = {'remove-input', 'hide-input'}
     c.TagRemovePreprocessor.remove_all_outputs_tags = {'remove-output'}
     c.MarkdownExporter.preprocessors = [TagRemovePreprocessor]
-    return MarkdownExporter(config=c).from_notebook_node(nbformat.reads(nb2str(nb), 4))[0]
+    return MarkdownExporter(config=c)
 
-def readme(write=True):
-    "The text of README.md, made from nbs/index.ipynb; written to the project's root unless `write` is False"
+def to_markdown(nb):   # Of `process_nb`
+    "The markdown of a processed notebook, without styles and runs of empty lines"
+    import nbformat
+    md = _exporter().from_notebook_node(nbformat.reads(nb2str(nb), 4))[0]
+    md = re.sub(r'<style.*?</style>\s*', '', md, flags=re.S)
+    return re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
+
+# %% ../nbs/91_site.ipynb #2513960c
+_note = '<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n'
+
+def _check_pictures(cell, i):
+    "`UserError` if the cell `i` of the index shows a picture inline"
+    if any(k.startswith('image/') for o in cell.get('outputs', []) for k in o.get('data', {})):
+        raise UserError(f'nbs/index.ipynb, cell {i}: shows a picture inline. '
+                        'Save it under data/reference and show the file: ![claim](../data/...).')
+
+def readme(write=True):   # Write it to the project's root?
+    "The text of README.md, made from nbs/index.ipynb"
     src = project_path('nbs', 'index.ipynb')
     if not src.is_file(): raise UserError('nbs/index.ipynb: no such file. README.md is made from it: write it first.')
     nb = load_page(src)
     for i,c in enumerate(nb.cells):
-        if any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {})):
-            raise UserError(f'nbs/index.ipynb, cell {i}: shows a picture inline. '
-                            'Save it under data/reference and show the file: ![claim](../data/...).')
+        _check_pictures(c, i)
         if c.cell_type=='markdown': c.source = relink(c.source, lambda l: resolve('nbs/index.ipynb', l))
-    md = re.sub(r'<style.*?</style>\s*', '', _markdown(nb), flags=re.S)
-    md = _note + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n'
+    md = _note + to_markdown(nb)
     if write: atomic_write(project_path('README.md'), md)
     return md
 
@@ -213,19 +268,21 @@ SECTIONS = dict(
     guides=('Guides', 'How to take part, what has changed, and what lies in the data folders.',
             ['CONTRIBUTING.md', 'CHANGELOG.md', 'Documentation/**/*.md', 'data/**/*.md']))
 
+# %% ../nbs/91_site.ipynb #00b0487f
 def find_pages():
-    "{section: paths from the project root}, in the order of the sections; empty sections left out"
-    root = project_path()
-    found = {s: sorted({str(p.relative_to(root)) for g in globs for p in root.glob(g)
-                        if '.ipynb_checkpoints' not in p.parts
-                        and not str(p.relative_to(root)).startswith(('data/results', 'data/outputs'))})
-             for s,(_,_,globs) in SECTIONS.items()}
-    return {s: ps for s,ps in found.items() if ps}
+    "{section: paths of its pages from the project root}, in the order of SECTIONS; empty sections left out"
+    root, found = project_path(), {}
+    for section,(_,_,globs) in SECTIONS.items():
+        paths = {str(p.relative_to(root)) for g in globs for p in root.glob(g) if '.ipynb_checkpoints' not in p.parts}
+        own = sorted(p for p in paths if not p.startswith(('data/results', 'data/outputs')))
+        if own: found[section] = own
+    return found
 
+# %% ../nbs/91_site.ipynb #22accce5
 def _is_record(path): return path.startswith('data/reference/') and path.endswith('.ipynb')
 
 def _label(path, title):
-    "What a page is called in lists. Records go by their folder, for all of them come from a few templates"
+    "What a page is called in lists"
     p = Path(path)
     if not _is_record(path): return title or p.stem
     return p.parent.name if p.stem=='notebook' or p.parent.name.startswith(p.stem) else p.stem
@@ -235,8 +292,10 @@ def _study(path):
     study = path.split('/')[2] if _is_record(path) else ''
     return f'{study}: ' if study and study!=_label(path, '') else ''
 
-def section_page(section, pages):
-    "The markdown of a section: a table of `pages` ({path: (title, why)}) and the navigation that goes with it"
+# %% ../nbs/91_site.ipynb #f7ec591e
+def section_page(section,   # Of SECTIONS
+                 pages):    # {path: (title, reason)}
+    "The markdown of a section: a table of its pages, and the navigation that goes with it"
     title, why, _ = SECTIONS[section]
     cell = lambda s: s.replace('|', r'\|')
     rows = [f'| {_study(p)}[{cell(_label(p, t))}](/{p}) | {cell(w)} |' for p,(t,w) in pages.items()]
@@ -244,52 +303,66 @@ def section_page(section, pages):
     return '\n'.join([f'# {title}', '', why, '', '| page | what it is about |', '|---|---|', *rows, '',
                       '```{toctree}', ':hidden:', '', *toc, '```', ''])
 
-# %% ../nbs/91_site.ipynb #92809f4d
-def axes_page(anchors):   # {module.name: anchor}
-    "The markdown that lists every entry of every axis, linked to its definition"
-    out = ['# Axes', '', 'What is found by name. '
-                         'One decorated function adds one entry; `flow2lab list` prints the same.',
-           '']
-    for axis in list(Axis.all.values()): axis.load()
-    for axis in Axis.all.values():
+# %% ../nbs/91_site.ipynb #44ba3602
+def _axis_row(axis, name, anchors):
+    "The row of one entry: its name, what it is, its arguments and their defaults"
+    f = axis[name]
+    args = f.args() if hasattr(f, 'args') else _parameters(f)
+    at = f'{f.__module__.split(".")[-1]}.{name}'
+    link = f'[{name}](#{anchors[at]})' if at in anchors else name
+    cells = link, axis.doc(name), ', '.join(f'`{a}`' for a in args)
+    return '| ' + ' | '.join(c.replace('|', ' ') for c in cells) + ' |'
+
+def _parameters(f):
+    "The parameters of an entry as text, none if it takes none that Python can tell"
+    try: return [*inspect.signature(f).parameters.values()]
+    except (TypeError, ValueError): return []
+
+def axes_page(anchors):   # {module.name: anchor} of the definitions on the site
+    "The markdown that lists every entry of every axis"
+    out = ['# Axes', '',
+           'What is found by name. One decorated function adds one entry; `flow2lab list` prints the same.', '']
+    for axis in list(Axis.all.values()):
         out += [f'## {axis.name}', '', '| name | what it is | arguments and their defaults |', '|---|---|---|']
-        for name in axis:
-            f = axis[name]
-            args = [f'`{a}`' for a in (f.args() if hasattr(f, 'args') else inspect.signature(f).parameters.values())]
-            at = f'{f.__module__.split(".")[-1]}.{name}'
-            row = f'[{name}](#{anchors[at]})' if at in anchors else name, axis.doc(name), ', '.join(args)
-            out.append('| ' + ' | '.join(c.replace('|', ' ') for c in row) + ' |')
-        out.append('')
+        out += [_axis_row(axis, name, anchors) for name in list(axis)] + ['']
     return '\n'.join(out)
 
-# %% ../nbs/91_site.ipynb #db7e31bb
+# %% ../nbs/91_site.ipynb #d02698e6
 _tick = re.compile(r'(?<!\[)`([A-Za-z_][\w.]*)(\(\))?`(?!\])')
 
-def link_names(md, anchors):
+def link_names(md,        # Markdown
+               anchors):  # {name: anchor}
     "`md` with each backticked name that `anchors` knows linked to its definition; headings stay plain"
     link = lambda m: f'[{m[0]}](#{anchors[m[1]]})' if m[1] in anchors else m[0]
     line = lambda l: l if l.startswith('#') else _tick.sub(link, l)
     return outside_code(md, lambda s: '\n'.join(map(line, s.split('\n'))))
 
-# %% ../nbs/91_site.ipynb #e6f1e18c
+# %% ../nbs/91_site.ipynb #ff45580b
 class Stage:
     "The pages of the site in a folder, as Sphinx takes them"
-    def __init__(self, folder):
+    def __init__(self, folder):   # To write into
         self.folder, self.sections = Path(folder), find_pages()
         self.paths = [p for ps in self.sections.values() for p in ps]
-        self.nbs = {p: load_page(project_path(p)) for p in ['nbs/index.ipynb', *self.paths] if p.endswith('.ipynb')}
-        self.known = {}
+        notebooks = [p for p in ['nbs/index.ipynb', *self.paths] if p.endswith('.ipynb')]
+        self.nbs = {p: load_page(project_path(p)) for p in notebooks}
+        self.known = {}           # {name: anchor}; the lower number wins
         for nb in reversed(self.nbs.values()): self.known.update(nb.anchors_)
 
+# %% ../nbs/91_site.ipynb #686124ad
 @patch
-def put(self:Stage, path, text):
+def put(self:Stage,
+        path,    # Of the page, from the project root
+        text):   # What it says
+    "Write one page"
     (self.folder/path).parent.mkdir(parents=True, exist_ok=True)
     (self.folder/path).write_text(text, encoding='utf-8')
 
-# %% ../nbs/91_site.ipynb #c97fe621
+# %% ../nbs/91_site.ipynb #85c882b4
 @patch
-def target(self:Stage, path, link):
-    "Where the local `link` in the page `path` leads on the site; None when the site does not show it"
+def target(self:Stage,
+           path,    # Of the page with the link
+           link):   # A local link in it
+    "Where `link` leads on the site; None when the site does not show it"
     p = resolve(path, link)
     if p in ('README.md', 'nbs/index.ipynb'): return '/index.ipynb'
     if p in self.paths: return '/'+p
@@ -298,28 +371,35 @@ def target(self:Stage, path, link):
     shutil.copy(project_path(p), self.folder/p)
     return '/'+p
 
+# %% ../nbs/91_site.ipynb #0a03b270
 _textlink = re.compile(r'(?<!!)\[((?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*)\]\(([^)\s#]+)(?:#[^)\s]*)?\)')
 
 @patch
-def prose(self:Stage, md, path, anchors=None):
-    "`md` of the page `path` as Sphinx takes it"
+def prose(self:Stage,
+          md,             # Markdown of the page
+          path,           # Its place
+          anchors=None):  # {name: anchor} of its own definitions
+    "`md` as Sphinx takes it"
     away = lambda l: not re.match(r'[a-z]+:|/', l) and self.target(path, l) is None
     md = outside_code(md, lambda s: _textlink.sub(lambda m: m[1] if away(m[2]) else m[0], s))
     md = relink(md, lambda l: self.target(path, l))
     return link_names(callouts(md), {**self.known, **(anchors or {})})
 
-# %% ../nbs/91_site.ipynb #e64109e8
+# %% ../nbs/91_site.ipynb #52ff901d
 @patch
-def notebook(self:Stage, path, nb):
-    "Write the notebook `nb` as the page `path`"
+def notebook(self:Stage,
+             path,   # Of the page
+             nb):    # Of `process_nb`
+    "Write a notebook as a page"
     for c in nb.cells:
         if c.cell_type=='markdown': c.source = self.prose(c.source, path, nb.anchors_)
     front = path=='nbs/index.ipynb'
-    end = '\n'.join(['```{toctree}', ':hidden:', '', *self.sections, 'axes', '```']) if front else \
-          f'{{.notebook}}\nThis page is the notebook {path}: `.venv/bin/jupyter lab {path}`'
+    if front: end = '\n'.join(['```{toctree}', ':hidden:', '', *self.sections, 'axes', '```'])
+    else: end = f'{{.notebook}}\nThis page is the notebook {path}: `.venv/bin/jupyter lab {path}`'
     nb.cells.append(mk_cell(end, 'markdown', id='end'))
     self.put('index.ipynb' if front else path, nb2str(nb))
 
+# %% ../nbs/91_site.ipynb #40577733
 @patch
 def write(self:Stage):
     "Write every page: notebooks, guides, sections, axes"
@@ -328,12 +408,22 @@ def write(self:Stage):
     for p,nb in self.nbs.items(): self.notebook(p, nb)
     for p,md in guides.items(): self.put(p, self.prose(md, p))
     for s,ps in self.sections.items(): self.put(f'{s}.md', section_page(s, {p: heads[p] for p in ps}))
-    self.put('axes.md', axes_page({f'{nb.module_}.{n}': a for nb in self.nbs.values() for n,a in nb.anchors_.items()}))
+    anchors = {f'{nb.module_}.{n}': a for nb in self.nbs.values() for n,a in nb.anchors_.items()}
+    self.put('axes.md', axes_page(anchors))
 
-# %% ../nbs/91_site.ipynb #647b46c9
-def build_site(out='_site'):   # A folder; it is replaced
-    "Render all notebooks and guides of the project into the folder `out`; offline, the same bytes each time. " \
-    "Returns its path"
+# %% ../nbs/91_site.ipynb #46dbfc55
+def _sphinx(src,    # Folder of the staged pages
+            html):  # Folder to write
+    "Run Sphinx; every warning is a `UserError`"
+    cmd = [sys.executable, '-m', 'sphinx', '-qEW', '--keep-going', '-b', 'html', '-c', project_path('Documentation')]
+    env = {**os.environ, 'SOURCE_DATE_EPOCH': '0', 'PYTHONHASHSEED': '0', 'PYTHONWARNINGS': 'ignore'}
+    r = subprocess.run([*cmd, '-d', html.parent/'doctrees', src, html], capture_output=True, text=True, env=env)
+    if r.returncode: raise UserError('the site was not built:\n' + r.stderr.replace(f'{src}/', '').strip())
+    (html/'.buildinfo').unlink(missing_ok=True)
+    (html/'.nojekyll').touch()
+
+def build_site(out='_site'):   # A folder, from the project root; it is replaced
+    "Render all notebooks and guides of the project into `out`, offline, the same bytes each time; returns its path"
     out = project_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as d:
@@ -345,45 +435,37 @@ def build_site(out='_site'):   # A folder; it is replaced
         os.replace(html, out)
     return out
 
-def _sphinx(src, html):
-    "Run Sphinx on the folder `src`; every warning is a `UserError`"
-    cmd = [sys.executable, '-m', 'sphinx', '-qEW', '--keep-going', '-b', 'html', '-c', project_path('Documentation')]
-    env = {**os.environ, 'SOURCE_DATE_EPOCH': '0', 'PYTHONHASHSEED': '0', 'PYTHONWARNINGS': 'ignore'}
-    r = subprocess.run([*cmd, '-d', html.parent/'doctrees', src, html], capture_output=True, text=True, env=env)
-    if r.returncode: raise UserError('the site was not built:\n' + r.stderr.replace(f'{src}/', '').strip())
-    (html/'.buildinfo').unlink(missing_ok=True)
-    (html/'.nojekyll').touch()
-
-# %% ../nbs/91_site.ipynb #2c97ac70
-def said_aside(nb):
+# %% ../nbs/91_site.ipynb #5a5d8e31
+def drop_stderr(nb):   # Notebook, changed in place
     "Take what was printed to stderr out of the outputs of `nb`; whether there was any"
-    was = sum(len(c.get('outputs', [])) for c in nb.cells)
+    count = lambda: sum(len(c.get('outputs', [])) for c in nb.cells)
+    was = count()
     for c in nb.cells:
         if 'outputs' in c: c.outputs = [o for o in c.outputs if o.get('name')!='stderr']
-    return was>sum(len(c.get('outputs', [])) for c in nb.cells)
+    return was>count()
+
+# %% ../nbs/91_site.ipynb #4fee0439
+def _run_tool(tool, *args):
+    "A command of this environment, from the project's root"
+    subprocess.run([Path(sys.executable).with_name(tool), *args], cwd=project_path(), check=True)
 
 def outputs():
-    "Run the library's notebooks and keep what they show; their number"
-    run = lambda tool, *a: subprocess.run([Path(sys.executable).with_name(tool), *a], cwd=project_path(), check=True)
-    try: run('nbdev-test', 'nbs', '--file-re', '^[0-9]', '--save')
-    finally: files = _quiet()
-    run('nbdev-clean')
+    "Run the library's notebooks and save what they show; returns their number"
+    try: _run_tool('nbdev-test', 'nbs', '--file-re', '^[0-9]', '--save')
+    finally:
+        files = sorted(project_path('nbs').glob('[0-9]*.ipynb'))
+        for f in files:
+            nb = read_nb(f)
+            if drop_stderr(nb): write_nb(nb, f)
+    _run_tool('nbdev-clean')
     return len(files)
-
-def _quiet():
-    "Take what was said aside out of the library's notebooks; their paths"
-    files = sorted(project_path('nbs').glob('[0-9]*.ipynb'))
-    for f in files:
-        nb = read_nb(f)
-        if said_aside(nb): write_nb(nb, f)
-    return files
 
 # %% ../nbs/91_site.ipynb #08cbd9d9
 if __name__=='__main__':
-    ways = dict(docs=lambda: build_site()/'index.html', readme=lambda: readme() and 'README.md', outputs=outputs)
+    pages = dict(docs=lambda: build_site()/'index.html', readme=lambda: readme() and 'README.md', outputs=outputs)
     try:
-        check_names('page', sys.argv[1:2] or [''], ways)
-        print(ways[sys.argv[1]]())
+        check_names('page', sys.argv[1:2] or [''], pages)
+        print(pages[sys.argv[1]]())
     except UserError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
