@@ -15,7 +15,7 @@ from .files import atomic_dir, hash_of, to_json
 from .axes import method
 from .spec import method_args, Spec
 from .layers import hold
-from .fast import _base
+from .layers import bare
 from .certificate import weights_print
 
 # %% ../nbs/42_adapters.ipynb #58f67f89
@@ -140,7 +140,7 @@ def card(model, about):
     "A README for an adapter or model folder, from the facts in `about`"
     peft = getattr(model, 'peft_config', None)
     base = (about.get('base') or
-            os.path.basename(getattr(_base(model).config, '_name_or_path', '') or 'a model made here'))
+            os.path.basename(getattr(bare(model).config, '_name_or_path', '') or 'a model made here'))
     rows = {'method': about.get('method') or (next(iter(peft.values())).peft_type.value if peft else 'full'),
             'task': about.get('task', ''),
             'trainable parameters': f'{about["trainable"]:,}', 'loss': f'{about["loss"]:.4f}',

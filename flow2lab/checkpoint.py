@@ -63,6 +63,6 @@ def run_key(model, data, t, seed, steps):
     few = lambda p: [str(tuple(p.shape))] + (
         [] if p.requires_grad or not p.dtype.is_floating_point else p.detach().flatten()[:8].tolist())
     return dict(settings=hash_of({k: v for k,v in t.items() if k not in ('save_every', 'eval_every')}),
-                seed=seed, steps=steps, way=data.way,
+                seed=seed, steps=steps, way=data.batching,
                 data=hashlib.sha256(data.sizes.tobytes() + b''.join(tokens)).hexdigest()[:16],
                 model=hash_of([(n, p.requires_grad, *few(p)) for n,p in model.named_parameters()]))

@@ -16,7 +16,8 @@ from . import load, fast, encode, packing, train
 from .values import check_names, UserError
 from .layers import eval_mode
 from .encode import max_length, prompt_text
-from .packing import plan, StepData
+from .packing import StepData
+from .steps import plan_steps
 from .train import fit
 
 # %% ../nbs/49_preference.ipynb #38665f0a
@@ -62,7 +63,7 @@ def pair_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
         raise UserError('no pairs to train on: the data is empty, or every pair is longer than seq_len. '
                         'Check the task and its n.')
     how = dict(epochs=t.epochs, tokens=t.tokens, seed=seed) if seed is not None else {}
-    steps = plan([len(s['input_ids']) for s in samples], t.batch_tokens, t.micro_tokens, world=world[1], **how)
+    steps = plan_steps([len(s['input_ids']) for s in samples], t.batch_tokens, t.micro_tokens, world=world[1], **how)
     return PairData(steps, samples, way, DataCollatorForPreference(pad_token_id=tok.pad_token_id or 0), *world)
 
 # %% ../nbs/49_preference.ipynb #34941711
@@ -107,7 +108,7 @@ def refer(self:PairLoop, data):
         for m in (m for s in data.steps for m in s[data.rank::data.world]):
             new = [i for i in m if 'ref_chosen_logps' not in data.samples[i]]
             if not new: continue
-            c, r = _logps(self, packing._to(data.collate_new(m), self.args.device))
+            c, r = _logps(self, packing.to_device(data.collate_new(m), self.args.device))
             for i,a,b in zip(m, c.tolist(), r.tolist()):
                 data.samples[i].setdefault('ref_chosen_logps', a); data.samples[i].setdefault('ref_rejected_logps', b)
 
@@ -130,7 +131,7 @@ def validate(self:PairLoop):
     self._metrics['eval'].clear(); d, total, sizes = self.eval_dataset, 0., []
     with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
         for mb in (mb for i in range(len(d)) for mb in d[i]['micro']):
-            total += float(self.compute_loss(self.model, packing._to(mb, self.args.device), num_items_in_batch=1))
+            total += float(self.compute_loss(self.model, packing.to_device(mb, self.args.device), num_items_in_batch=1))
             sizes.append(len(mb['input_ids'])//2)
     m = self._metrics['eval']
     self.held = dict(val_accuracy=_mean(m['rewards/accuracies'], sizes), val_margin=_mean(m['rewards/margins'], sizes),
@@ -170,7 +171,7 @@ class Preferences:
     def around(self, model, way):
         try: yield
         # TRL's fused output layer is not for evaluation
-        finally: fast._base(model).__dict__.pop('forward', None)
+        finally: layers.bare(model).__dict__.pop('forward', None)
     def data(self, *a, **kw): return pair_data(*a, **kw)
     def trainer(self, model, tok, t, out, seed, data, valid, curve):
         from trl import DPOConfig

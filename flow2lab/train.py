@@ -26,10 +26,14 @@ from .layers import eval_mode
 from .load import precision_of, quiet
 from .costs import matmul_peak, PeakMemory, training_flops
 from .blocks import fast_scan
-from .fast import _base, doc_attention, fast_fp32, fast_norms, label_loss
+from .fast import fast_fp32, fast_norms, label_loss
+from .packing import segment_attention
+from .layers import bare
 from .adapters import card
 from .encode import encode, max_length
-from .packing import _to, plan, sizes_of, StepData, way_to_batch
+from .packing import pick_batching, StepData, to_device
+from .steps import row_sizes
+from .steps import plan_steps
 from .checkpoint import _trained, newest, run_key, seal
 
 # %% ../nbs/48_train.ipynb #4dd8937e
@@ -46,7 +50,7 @@ class Trainer(transformers.Trainer):
         # held: what `validate` found beside the loss
         self.data, self.t, self.curve, self.folder, self.tell, self.held = data, t, curve, None, None, {}
         self.bf16 = precision_of(t.precision, args.device)=='bf16'
-        self.slices = 'logits_to_keep' in inspect.signature(_base(model).forward).parameters
+        self.slices = 'logits_to_keep' in inspect.signature(bare(model).forward).parameters
         self.rank_allocator = getattr(getattr(model, 'base_model', None), 'rankallocator', None)     # AdaLoRA's
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(self.data, batch_size=1, collate_fn=lambda x: x[0])
@@ -65,7 +69,7 @@ def training_step(self:Trainer, model, inputs, num_items_in_batch=None):
     for i,mb in enumerate(inputs['micro'], 1):
         with contextlib.nullcontext() if i==k else self.accelerator.no_sync(model):
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, _to(mb, self.args.device),
+                loss = self.compute_loss(model, to_device(mb, self.args.device),
                                          num_items_in_batch=inputs['labels'])*self.args.world_size
             total += loss.detach()
             if i==k and self.rank_allocator: loss = loss + orthogonality(model)
@@ -166,7 +170,7 @@ def validate(self:Trainer):
     with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
         for i in range(len(d)):
             step = d[i]; n += step['labels']
-            total += sum(float(self.compute_loss(self.model, _to(mb, self.args.device), num_items_in_batch=1))
+            total += sum(float(self.compute_loss(self.model, to_device(mb, self.args.device), num_items_in_batch=1))
                          for mb in step['micro'])
     return total/n
 
@@ -329,7 +333,7 @@ def _settings(spec):
 
 def _fitting(rows, model):
     "Blocks, or documents of a pack, that the model's positions can hold"
-    n, most = max_length(model), int(max(sizes_of(rows), default=0))
+    n, most = max_length(model), int(max(row_sizes(rows), default=0))
     if n and most>n:
         raise UserError(f'blocks of {most} tokens, but the model allows {n}. Cut them with a shorter seq_len.')
     return rows
@@ -347,12 +351,12 @@ def _step_data(rows, tok, model, t, way, seed=None, world=(0, 1)):
     if not len(samples):
         raise UserError('no rows to train on: the data is empty, or every row is longer than seq_len. '
                         'Check the task and its n.')
-    if ready: lengths = sizes_of(rows)
+    if ready: lengths = row_sizes(rows)
     else: lengths = [len(s['input_ids']) for s in samples]
     if seed is not None: _check_budget(t)
     how = dict(epochs=t.epochs, tokens=t.tokens, seed=seed) if seed is not None else {}
     pad = (tok.pad_token_id or 0) if tok else 0
-    return StepData(plan(lengths, t.batch_tokens, t.micro_tokens, world=world[1], **how), samples, way, pad, *world)
+    return StepData(plan_steps(lengths, t.batch_tokens, t.micro_tokens, world=world[1], **how), samples, way, pad, *world)
 
 # %% ../nbs/48_train.ipynb #89e706a1
 def fit(model,          # A transformers model, perhaps with an adapter
@@ -395,7 +399,7 @@ def fit(model,          # A transformers model, perhaps with an adapter
         c, d = tr.curve, tr.data
         res.steps, res.tokens, res.seconds, res.tokens_per_s = (c.steps, c.tokens, c.seconds,
                                                                 c.tokens/max(c.seconds, 1e-9))
-        res.way, res.precision, res.dropped = d.way, 'bf16' if tr.bf16 else 'fp32', getattr(d.samples, 'dropped', 0)
+        res.way, res.precision, res.dropped = d.batching, 'bf16' if tr.bf16 else 'fp32', getattr(d.samples, 'dropped', 0)
         if out and (out/'best').exists() and any('val_loss' in s for s in c.steps): res.best = out/'best'
         res.flops = res.tokens*training_flops(model, d.sizes.mean())
     res.trainable, res.peak_memory, res.weights = (sum(p.numel() for p in _trained(model).values()),
@@ -417,8 +421,8 @@ def _no_checkpointing(model):
 # %% ../nbs/48_train.ipynb #dbee087c
 class Labels:
     "The usual objective: the cross-entropy at the labels"
-    def way(self, model): return way_to_batch(model)
-    def around(self, model, way): return doc_attention(model) if way=='docs' else contextlib.nullcontext()
+    def way(self, model): return pick_batching(model)
+    def around(self, model, way): return segment_attention(model) if way=='segments' else contextlib.nullcontext()
     def data(self, *a, **kw): return _step_data(*a, **kw)
     def trainer(self, model, tok, t, out, seed, data, valid, curve):
         return Trainer(model, _args(t, out, len(data), seed, model.device), data, t, curve, eval_dataset=valid)
