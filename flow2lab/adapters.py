@@ -14,8 +14,8 @@ from .values import UserError
 from .files import atomic_dir, hash_of, to_json
 from .axes import method
 from .spec import method_args, Spec
-from .layers import hold
-from .layers import bare
+from .layers import forbid_repacking
+from .layers import unwrap
 from .certificate import weights_print
 
 # %% ../nbs/42_adapters.ipynb #58f67f89
@@ -116,7 +116,7 @@ def load_adapter(model, folder, tok=None, trainable=False):
     if tok is not None and info['tokenizer'] not in ('', tokenizer_hash(tok)):
         raise UserError(f"{folder.name}: trained with another tokenizer or chat template. "
                         f"Use that of base \"{info['base']}\".")
-    hold(model); model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    forbid_repacking(model); model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     model.base_print = now
     return model.train(trainable)
 
@@ -140,7 +140,7 @@ def card(model, about):
     "A README for an adapter or model folder, from the facts in `about`"
     peft = getattr(model, 'peft_config', None)
     base = (about.get('base') or
-            os.path.basename(getattr(bare(model).config, '_name_or_path', '') or 'a model made here'))
+            os.path.basename(getattr(unwrap(model).config, '_name_or_path', '') or 'a model made here'))
     rows = {'method': about.get('method') or (next(iter(peft.values())).peft_type.value if peft else 'full'),
             'task': about.get('task', ''),
             'trainable parameters': f'{about["trainable"]:,}', 'loss': f'{about["loss"]:.4f}',

@@ -14,7 +14,8 @@ from fastcore.basics import AttrDict
 from .files import hash_of
 from .axes import method
 from .spec import method_args
-from .layers import _in_out, adapted_layers, bare, is_quantized, linear_layers, target_layers
+from .layers import (
+    adapted_layers, is_quantized, layer_shape, linear_layers, target_layers, unwrap)
 
 # %% ../nbs/40_certificate.ipynb #c88e82df
 def tensor_hash(t, block=4096):
@@ -67,7 +68,7 @@ def _some(d, n=3):
 def measured_rank(layer, r):
     "Rank of what an adapted layer adds to its base, up to r + 16, from random probes"
     import torch
-    i, was = _in_out(layer.get_base_layer())[0], layer.training
+    i, was = layer_shape(layer.get_base_layer())[0], layer.training
     with torch.no_grad():
         p = next(q for q in layer.parameters() if q.is_floating_point() and q.requires_grad)
         probe = torch.randn(r+16, i, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
@@ -136,7 +137,7 @@ def weights_print(model):
     "Fingerprint of a base: " \
     "{'dense': embeddings, norms and head, 'linear': the linear layers, or '' when they are quantized}"
     import torch
-    m, parts = bare(model), dict(dense=[], linear=[])
+    m, parts = unwrap(model), dict(dense=[], linear=[])
     lin, quantized = linear_layers(model), is_quantized(model)
     for n,p in m.named_parameters():
         if any(k in n for k in ('lora_', 'vera_', 'ia3_', 'hada_', 'lokr_', 'oft_')): continue

@@ -10,7 +10,7 @@ __all__ = ['dense_weight', 'dense']
 # %% ../nbs/50_dequantize.ipynb #a664478c
 import copy
 from .values import UserError
-from .layers import bare, linear_layers, low_bit, repacked
+from .layers import linear_layers, low_bit, repacked, unwrap
 
 # %% ../nbs/50_dequantize.ipynb #f8da838a
 def dense_weight(m):
@@ -38,7 +38,7 @@ def dense(model):
     "A fresh fp32 copy of the base of `model`: adapters left out, quantized layers dequantized"
     if (bad := repacked(model)):
         raise UserError(f'{bad[0]}: repacked by bitsandbytes for the CPU, its weights are gone. Load it afresh.')
-    m = bare(model); new, mods = _empty_like(m), dict(m.named_modules())
+    m = unwrap(model); new, mods = _empty_like(m), dict(m.named_modules())
     sd = {f'{n}.weight': dense_weight(getattr(mods[n], 'base_layer', mods[n])) for n in linear_layers(m)}
     wanted = set(new.state_dict()) - set(sd)
     for n,p in m.state_dict().items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .scan import gated_norm
-from .layers import bare
+from .layers import unwrap
 from .blocks import fast_scan
 
 # %% ../nbs/37_fast.ipynb #c098d299
@@ -47,7 +47,7 @@ def label_loss(model,        # A transformers model, perhaps wrapped by PEFT, DD
     elif not slices and 'keep' in mb: logits = logits[:,keep]
     loss = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), 1/n)
     if not model.training or getattr(out, 'aux_loss', None) is None: return loss
-    balance = bare(getattr(model, 'module', model)).router_aux_loss_coef
+    balance = unwrap(getattr(model, 'module', model)).router_aux_loss_coef
     return loss + balance*out.aux_loss*(targets!=-100).sum()/n
 
 # %% ../nbs/37_fast.ipynb #bab71928

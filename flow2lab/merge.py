@@ -10,7 +10,7 @@ __all__ = ['merge']
 # %% ../nbs/52_merge.ipynb #80cd57fb
 import copy
 from .values import UserError
-from .layers import adapted_layers, bare
+from .layers import adapted_layers, unwrap
 from .certificate import CertificateError
 from .dequantize import dense
 
@@ -20,7 +20,7 @@ def _rel(a, b): return ((a-b).norm()/b.norm()).item()
 def _probe(model):
     "Logits of `model` for 16 tokens that are the same each time"
     import torch
-    m = bare(model)
+    m = unwrap(model)
     ids = torch.randint(0, m.config.get_text_config().vocab_size, (1, 16),
                         generator=torch.Generator().manual_seed(0)).to(m.device)
     was = model.training; model.eval()

@@ -15,7 +15,8 @@ from .values import UserError
 from .axes import method
 from .spec import method_args
 from .layers import (
-    _ffn_out, _fits, bare, hold, is_quantized, linear_layers, repacked, seeded, target_layers, target_names)
+    FFN_OUT, forbid_repacking, is_quantized, linear_layers, name_fits, repacked, seeded,
+    target_layers, target_names, unwrap)
 from .certificate import (
     low_rank, magnitudes_moved, residual_changed, scaled, shared_frozen, weights_print)
 
@@ -188,14 +189,14 @@ def adalora(r:int=8,               # Rank after pruning, on average over the lay
 
 # %% ../nbs/41_methods.ipynb #3e170683
 def _ia3_count(layers, a, model):
-    return sum(i if any(_fits(n, t) for t in _ffn_out) else o for n,(i,o) in layers.items())
+    return sum(i if any(name_fits(n, t) for t in FFN_OUT) else o for n,(i,o) in layers.items())
 
 @method(title='IA3', count=_ia3_count, checks=[], tiny={}, rates=dict(nano=2e-1, small=3e-3, full=3e-3))
 def ia3(targets='ia3'):   # Layers; those in the role of the feed-forward's last product are scaled at their input
     "Scales keys, values and the inner feed-forward activation (Liu et al., 2022, arXiv:2205.05638): out or in a layer"
     from peft import IA3Config
     ts = target_names(targets)
-    ffn = _ffn_out if ts=='all-linear' else [t for t in ts if any(_fits(t, f) or _fits(f, t) for f in _ffn_out)]
+    ffn = FFN_OUT if ts=='all-linear' else [t for t in ts if any(name_fits(t, f) or name_fits(f, t) for f in FFN_OUT)]
     return IA3Config(target_modules=ts, feedforward_modules=ffn, task_type='CAUSAL_LM')
 
 # %% ../nbs/41_methods.ipynb #ffe67da1
@@ -251,7 +252,7 @@ def oft(block:int=32,          # Inputs that are rotated together
                      task_type='CAUSAL_LM')
 
 # %% ../nbs/41_methods.ipynb #cb6e73b7
-@method(title='Prompt', size='tokens', count=lambda layers, a, model: a.tokens*bare(model).config.hidden_size,
+@method(title='Prompt', size='tokens', count=lambda layers, a, model: a.tokens*unwrap(model).config.hidden_size,
         checks=[], tiny={}, packs=False, merges=False, rates=dict(nano=1e-1, small=3e-2, full=3e-2))
 def prompt_tuning(tokens:int=16):   # Length of the learned prompt
     "A learned prompt before the embedded input (Lester et al., 2021, arXiv:2104.08691): tokens x hidden size"
@@ -285,7 +286,7 @@ def attach(model,        # A base as loaded, perhaps quantized; it is changed in
     if (bad := repacked(model)):
         raise UserError(f'{bad[0]}: repacked by bitsandbytes in an earlier forward pass, so it cannot train. '
                         'Load the base afresh.')
-    hold(model)
+    forbid_repacking(model)
     cfg = entry(**args)
     if cfg is None: return _train_whole(model)
     layers = target_layers(model, args.targets) if 'targets' in args else {}

@@ -171,7 +171,7 @@ class Preferences:
     def around(self, model, way):
         try: yield
         # TRL's fused output layer is not for evaluation
-        finally: layers.bare(model).__dict__.pop('forward', None)
+        finally: layers.unwrap(model).__dict__.pop('forward', None)
     def data(self, *a, **kw): return pair_data(*a, **kw)
     def trainer(self, model, tok, t, out, seed, data, valid, curve):
         from trl import DPOConfig

@@ -17,7 +17,8 @@ from .files import atomic_dir, to_json
 from .axes import quantizer
 from .names import _usual, parse_tag, quant_spec
 from .spec import base_folder
-from .layers import bare, hold, is_quantized, linear_layers, low_bit, repacked
+from .layers import (
+    forbid_repacking, is_quantized, linear_layers, low_bit, repacked, unwrap)
 from .dequantize import dense
 
 # %% ../nbs/51_quantize.ipynb #e312f25a
@@ -57,7 +58,7 @@ def kept_whole(model):
     from transformers import AutoConfig
     from flow2lab.load import locate
     cfg = (AutoConfig.from_pretrained(locate(model)[0], trust_remote_code=False) if isinstance(model, (str, Path)) else
-           bare(model).config)
+           unwrap(model).config)
     return ['dt_proj'] if cfg.model_type in ('mamba', 'falcon_mamba', 'jamba') else []
 
 def _by_config(model, name, args, config):
@@ -73,7 +74,7 @@ def _by_config(model, name, args, config):
 # %% ../nbs/51_quantize.ipynb #a7f80c3a
 def quantized_layers(model):
     "Names of the linear layers whose weights are held in fewer bits"
-    mods = dict(bare(model).named_modules())
+    mods = dict(unwrap(model).named_modules())
     return [n for n in linear_layers(model) if low_bit(getattr(mods[n], 'base_layer', mods[n]))]
 
 def _checked(model, name, args):
@@ -90,7 +91,7 @@ def _checked(model, name, args):
     assert not tied or head.weight is model.get_input_embeddings().weight, \
         'head and embedding must go on sharing their weight'
     model.quantized_by, model.quantization = name, quant_spec(name, args)
-    return hold(model).eval()
+    return forbid_repacking(model).eval()
 
 # %% ../nbs/51_quantize.ipynb #3c7e5228
 _no_svd = 'its start needs the singular values of the full-precision weight'
@@ -214,8 +215,8 @@ def pack(model):
     "Let bitsandbytes repack 4-bit layers for the CPU; no training, merging or saving after that. " \
     "Not under DoRA, which reads the weights"
     if any('lora_magnitude_vector' in n for n,_ in model.named_modules()): return model
-    if bare(model).device.type=='cpu' and any(hasattr(m, 'support_avx512bf16_for_cpu') for m in model.modules()):
-        model.disk_bytes = size_on_disk(model); hold(model, False)
+    if unwrap(model).device.type=='cpu' and any(hasattr(m, 'support_avx512bf16_for_cpu') for m in model.modules()):
+        model.disk_bytes = size_on_disk(model); forbid_repacking(model, False)
     return model
 
 # %% ../nbs/51_quantize.ipynb #5785e5b6
@@ -246,6 +247,6 @@ def load_quantized(folder, device='auto'):
     if not f.is_file():
         raise UserError(f'{Path(folder).name}: no flow2lab.json. A quantized folder is what `save_quantized` wrote.')
     info = json.loads(f.read_text(encoding='utf-8')); spec = parse_tag(info['tag'])
-    with _quiet(): model = hold(load_model(folder, dtype=spec.head, device=device))
+    with _quiet(): model = forbid_repacking(load_model(folder, dtype=spec.head, device=device))
     model.quantized_by, model.quantization = info['quantizer'], spec
     return model

@@ -28,7 +28,7 @@ from .costs import matmul_peak, PeakMemory, training_flops
 from .blocks import fast_scan
 from .fast import fast_fp32, fast_norms, label_loss
 from .packing import segment_attention
-from .layers import bare
+from .layers import unwrap
 from .adapters import card
 from .encode import encode, max_length
 from .packing import pick_batching, StepData, to_device
@@ -50,7 +50,7 @@ class Trainer(transformers.Trainer):
         # held: what `validate` found beside the loss
         self.data, self.t, self.curve, self.folder, self.tell, self.held = data, t, curve, None, None, {}
         self.bf16 = precision_of(t.precision, args.device)=='bf16'
-        self.slices = 'logits_to_keep' in inspect.signature(bare(model).forward).parameters
+        self.slices = 'logits_to_keep' in inspect.signature(unwrap(model).forward).parameters
         self.rank_allocator = getattr(getattr(model, 'base_model', None), 'rankallocator', None)     # AdaLoRA's
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(self.data, batch_size=1, collate_fn=lambda x: x[0])
