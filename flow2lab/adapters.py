@@ -16,7 +16,7 @@ from .axes import method
 from .spec import method_args, Spec
 from .layers import forbid_repacking
 from .layers import unwrap
-from .certificate import weights_print
+from .certificate import base_fingerprint
 
 # %% ../nbs/42_adapters.ipynb #58f67f89
 def tokenizer_hash(tok):
@@ -86,7 +86,7 @@ def save_adapter(model, folder, spec,
     if not hasattr(model, 'peft_config'):
         raise UserError(f'method {spec.method}: has no adapter to save; use model.save_pretrained(folder).')
     base = spec.base.name if isinstance(spec.base, Spec) else str(spec.base)
-    info = dict(base=base, weights=model.base_print, tokenizer=tokenizer_hash(tok),
+    info = dict(base=base, weights=model.base_fingerprint, tokenizer=tokenizer_hash(tok),
                 method=spec.method,
                 method_args=dict(method_args(spec)),
                 trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -107,7 +107,7 @@ def load_adapter(model, folder, tok=None, trainable=False):
     for f in ('adapter_config.json', 'adapter_model.safetensors', 'flow2lab.json'):
         if not (folder/f).is_file():
             raise UserError(f'{folder.name}: no {f}. An adapter folder is what `save_adapter` wrote.')
-    info, now = json.loads((folder/'flow2lab.json').read_text(encoding='utf-8')), weights_print(model)
+    info, now = json.loads((folder/'flow2lab.json').read_text(encoding='utf-8')), base_fingerprint(model)
     for part, name in dict(dense='embeddings and norms', linear='linear layers').items():
         if now[part] and info['weights'][part] and now[part]!=info['weights'][part]:
             raise UserError(f"{folder.name}: trained on base \"{info['base']}\", "
@@ -117,7 +117,7 @@ def load_adapter(model, folder, tok=None, trainable=False):
         raise UserError(f"{folder.name}: trained with another tokenizer or chat template. "
                         f"Use that of base \"{info['base']}\".")
     forbid_repacking(model); model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    model.base_print = now
+    model.base_fingerprint = now
     return model.train(trainable)
 
 # %% ../nbs/42_adapters.ipynb #2f402b76
