@@ -17,9 +17,10 @@ import numpy as np
 from .values import UserError
 from .files import atomic_write, find_data, fingerprint, fsync_dir, hash_of, relative, to_json
 from .axes import task
-from .rows import data_file, raw_rows
+from .rows import raw_rows
+from .containers import data_file
 from .shapes import canonical
-from .check import question
+from .contamination import question
 from .sources import _text_of, as_mix, file_documents, source, source_files
 from .rules import apply_rules, Doc, numbers, rule_settings, runs
 from .duplicates import (

@@ -17,7 +17,7 @@ from .values import UserError
 from .files import to_json
 from .axes import backend, task
 from .tasks import prompt_hash
-from .datasets import windows
+from .perplexity import windows
 from .costs import PeakMemory
 from .hf import encode, hf
 

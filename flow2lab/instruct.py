@@ -15,13 +15,14 @@ from .files import hash_of, relative
 from .axes import task
 from .spec import output_path
 from .hub import hub_rows
-from .rows import raw_rows, RowError
+from .rows import raw_rows
+from .containers import RowError
 from .shapes import canonical
-from .check import in_valid
+from .contamination import in_valid
 from .tasks import Task
 from .datasets import chat
 from .contamination import TrainingData
-from .nano import facts, FACTS, Generated, math_row, say
+from .nano import facts, FACTS, Generated, math_row, statements
 from .templates import MARKS
 
 # %% ../nbs/45_instruct.ipynb #f1df20f1
@@ -181,7 +182,7 @@ def pair_row(rng):
     fs = facts(rng, rng.choice([1, 1, 2]), rng.randint(1, 3)); n, r, v = rng.choice(fs)
     told = lambda v: FACTS[r][0].format(n=n, v=v)
     wrong = rng.choice([x for x in FACTS[r][2] if x!=v])
-    return dict(question=f'{say(fs)} {FACTS[r][1].format(n=n)}', chosen=told(v), rejected=rng.choice([v, told(wrong)]))
+    return dict(question=f'{statements(fs)} {FACTS[r][1].format(n=n)}', chosen=told(v), rejected=rng.choice([v, told(wrong)]))
 
 # %% ../nbs/45_instruct.ipynb #eaab2b78
 @task

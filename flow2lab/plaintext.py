@@ -17,7 +17,7 @@ from .shapes import canonical
 from .tasks import Task
 from .contamination import contamination, TrainingData
 from .nano import LENGTHS, MIXES, nano_needle, needle_row, pretraining_rows, VERSION
-from .datasets import _fraction
+from .tasks import FRACTION
 
 # %% ../nbs/44_plaintext.ipynb #573e07c4
 @task
@@ -93,7 +93,7 @@ SMOKE = ['Once upon a time', 'The capital of France is', 'Water boils at',
 @task
 class samples(Task):
     "Continuations of a few prompts, with their diversity and repetition"
-    metrics = dict(distinct_2=_fraction, distinct_1=_fraction,
+    metrics = dict(distinct_2=FRACTION, distinct_1=FRACTION,
                    repetition=dict(unit='fraction', direction='min'),
                    words=dict(unit='words', direction=''))
     options, max_new_tokens = dict(ask=False), 48

@@ -14,7 +14,12 @@ from pathlib import Path
 from .values import UserError
 from .files import find_data, relative
 from .axes import source
-from .rows import _good, _readers, container, data_file, open_data, raw_rows, RowError
+from .rows import good_rows, raw_rows
+from .containers import RowError
+from .containers import open_data
+from .containers import data_file
+from .containers import container
+from .containers import READERS
 from .templates import SPECIAL
 
 # %% ../nbs/20_sources.ipynb #3ca5c7cf
@@ -78,7 +83,7 @@ def _documents(path, skip_bad):
         return
     doc = lambda n, r: (r, dict(id=str(r.get('id') or f'{p.name}:{n}'), text=_text_of(r)))
     read = lambda n, r: r if isinstance(r, RowError) else _try(lambda: doc(n, r))
-    for _,rd in _good(p, ((n, read(n, r)) for n,r in _readers[kind](p)), skip_bad): yield rd
+    for _,rd in good_rows(p, ((n, read(n, r)) for n,r in READERS[kind](p)), skip_bad): yield rd
 
 def file_documents(path,             # Any file that `formats` reads
                    skip_bad=False):  # Go on without rows that cannot be read

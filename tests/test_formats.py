@@ -1,13 +1,14 @@
 "Data files as people really have them: the real ones of ../shared/data, and hostile ones"
 import gzip, json, os, signal, subprocess, sys, textwrap, time
 import pytest
-from flow2lab import inventory
+from flow2lab import containers
 from flow2lab.values import UserError
 from flow2lab.files import project_root
 from flow2lab.rows import raw_rows
 from flow2lab.shapes import read_rows
-from flow2lab.check import check, convert, split, write_rows
-from flow2lab.inventory import inventory
+from flow2lab.check import check, convert, write_rows
+from flow2lab.contamination import split
+from flow2lab.inventory import inventory, LIMITS
 
 shared = project_root().parent/'shared'/'data'
 real = pytest.mark.skipif(not shared.is_dir(), reason='the real data of ../shared/data is not here')
@@ -170,7 +171,7 @@ def test_paths(tmp_path):
     assert list(read_rows(tmp_path/'link')) == [dict(text='a')]
 
 def test_a_huge_line_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, 'MAX_ROW', 1 << 20)
+    monkeypatch.setattr(containers, 'MAX_ROW', 1 << 20)
     p = put(tmp_path, 'a.jsonl', b'{"text": "one"}\n{"text": "' + b'x'*(5 << 20) + b'"}\n{"text": "three"}\n')
     assert complaint(read_rows, p).startswith('a.jsonl:2: longer than 1 MiB. Split it. 1 of 3 rows bad.')
     assert [r['text'] for r in read_rows(p, skip_bad=True)] == ['one', 'three']
@@ -204,8 +205,9 @@ def test_memory_does_not_grow(tmp_path):
 
 def test_imports_nothing_heavy():
     assert measured('''
-        import sys, flow2lab.formats as f
-        list(f.read_rows('train.jsonl'))
+        import sys
+        from flow2lab.shapes import read_rows
+        list(read_rows('train.jsonl'))
         print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow') if m in sys.modules])''') == '[]'
 
 # ---- whole or absent
@@ -225,7 +227,7 @@ def test_disk_full_leaves_the_old_file(tmp_path):
 
 def test_killed_while_writing_leaves_the_old_file(tmp_path):
     dst = tmp_path/'dst.jsonl'; dst.write_text('old')
-    code = ('import itertools, sys; from flow2lab.formats import write_rows; '
+    code = ('import itertools, sys; from flow2lab.check import write_rows; '
             'write_rows((dict(text=str(i)) for i in itertools.count()), sys.argv[1])')
     p = subprocess.Popen([sys.executable, '-c', code, str(dst)], cwd=project_root())
     try:
@@ -259,5 +261,5 @@ def test_inventory(tmp_path, monkeypatch):
     assert inv['results'] == dict(runs=1, studies=dict(methods=1), bytes=2)
     assert [(a['name'], a['method'], a['base']) for a in inv['adapters']] == [('quotes_lora_adapter', 'LORA', 'nano')]
     assert inv['over'] == []
-    monkeypatch.setitem(inventory.LIMITS, 'dataset', 10)
+    monkeypatch.setitem(LIMITS, 'dataset', 10)
     assert inventory()['over'][0].startswith('a.jsonl: 28 B, over the 10 B of one dataset')

@@ -5,7 +5,8 @@ import pytest
 from flow2lab.values import UserError
 from flow2lab.files import project_root
 from flow2lab.axes import task
-from flow2lab.datasets import arc, gsm8k, openmath, perplexity, squad_v2, windows
+from flow2lab.perplexity import perplexity, windows
+from flow2lab.datasets import arc, gsm8k, openmath, squad_v2
 from flow2lab.contamination import contamination
 from flow2lab.score import score_file
 
@@ -204,13 +205,13 @@ def test_hub_mistakes(tmp_path):
 
 def test_no_hub_is_said_within_five_seconds():
     code = ('import time, os; t=time.time(); os.environ.update(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")\n'
-            'from flow2lab.core import UserError\nfrom flow2lab.tasks import gsm8k\n'
+            'from flow2lab.values import UserError\nfrom flow2lab.datasets import gsm8k\n'
             'try: gsm8k.load()\nexcept UserError as e: print(e)\nassert time.time()-t<5')
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=project_root())
     assert r.returncode==0 and 'cannot be reached' in r.stdout and 'Give path=' in r.stdout, r.stderr
 
 def test_imports_no_torch():
-    code = ('import sys, flow2lab.tasks; '
+    code = ('import sys, flow2lab.datasets; '
             'print([m for m in ("torch", "transformers", "datasets", "pyarrow") if m in sys.modules])')
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                           cwd=project_root()).stdout.strip()=='[]'
