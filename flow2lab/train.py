@@ -29,7 +29,7 @@ from .blocks import fast_scan
 from .fast import fast_fp32, fast_norms, label_loss
 from .packing import segment_attention
 from .layers import unwrap
-from .adapters import card
+from .adapters import training_card
 from .encode import encode, max_length
 from .packing import pick_batching, StepData, to_device
 from .steps import row_sizes
@@ -251,7 +251,7 @@ def save_weights(self:Trainer, folder):
     with writing(folder), atomic_dir(folder) as d, quiet():
         model.save_pretrained(d, state_dict=state, **kw)
         if self.tok: self.tok.save_pretrained(d)
-        (d/'README.md').write_text(card(model, about), encoding='utf-8')
+        (d/'README.md').write_text(training_card(model, about), encoding='utf-8')
         (d/'training.json').write_text(to_json(about, indent=1), encoding='utf-8')
     model.config.use_cache = cache
     return folder
