@@ -137,7 +137,7 @@ def run_and_record(s,             # A Spec
                    study,         # Folder below data/results
                    force=False):  # Again, although there is a record?
     "Run `s`, and what it starts from, unless there is a record; the record as a `Result`. `UserError` if it failed"
-    from flow2lab.compare import metrics_text
+    from flow2lab.metrics import metrics_text
     from flow2lab.sweep import DONE, sweep
     r = sweep([s], study, force=force)[0]
     if r.status not in DONE: raise UserError(f'{s.name}: {r.status}. {r.message}')
@@ -205,7 +205,7 @@ def eval(model:str,              # Shipped name, folder (full, quantized, adapte
          limit:int=200,          # Items of each task, 0 for all
          backend:str='hf'):      # hf, mlx or gguf
     "Evaluate a model without training"
-    from flow2lab.compare import metrics_text
+    from flow2lab.metrics import metrics_text
     from flow2lab.evaluate import evaluate, load_backend
     spec = check_spec(_eval_spec(model, tasks, data, limit, backend))
     e = evaluate(load_backend(model, backend), eval=spec.eval)
@@ -218,7 +218,7 @@ def bench(model:str,   # Shipped name, folder, run, GGUF file or hub id
           **kwargs):
     "Measure size, load time, prefill and decode speed, and peak memory"
     from flow2lab.bench import bench
-    from flow2lab.compare import metrics_text
+    from flow2lab.metrics import metrics_text
     from flow2lab.runs import model_folder
     check_spec(Spec(base=str(model_folder(model) or model)))
     m = bench(model, **kwargs)

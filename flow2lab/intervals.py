@@ -1,4 +1,4 @@
-"""How sure is a mean?
+"""How sure is a score? It would differ with other test items and with other training seeds, and its 95% interval counts both.
 
 Docs: https://flow2lab.github.io/flow2lab/intervals.html.md"""
 
@@ -6,7 +6,8 @@ Docs: https://flow2lab.github.io/flow2lab/intervals.html.md"""
 
 # %% auto #0
 __all__ = ['Z', 'z_value', 'wilson', 'half_width', 'min_detectable', 'beta_inc', 't_tails', 't_quantile', 't_interval',
-           'pool_seeds', 'restless', 'holm']
+           'variance_parts', 'cochran_critical', 'cochran_p', 'share_interval', 'pool_seeds', 'f_quantile',
+           'unstable_methods', 'holm']
 
 # %% ../nbs/62_intervals.ipynb #5a2ce01c
 import math
@@ -14,137 +15,191 @@ from functools import lru_cache
 from statistics import NormalDist
 import numpy as np
 
-# %% ../nbs/62_intervals.ipynb #16f2c3ca
-def z_value(alpha=0.05):
+# %% ../nbs/62_intervals.ipynb #9bdbf8b2
+def z_value(alpha:float=0.05):   # Probability outside the interval, both tails together
     "The normal quantile that leaves `alpha` in both tails together"
     return -NormalDist().inv_cdf(alpha/2)
 
 Z = z_value()
 
-# %% ../nbs/62_intervals.ipynb #a1e8514c
-def wilson(p,        # Share of successes, a number or an array
-           n,        # Items behind it
-           crit=Z):  # Normal (or Student) quantile
-    "Wilson's interval (low, high) of a share"
+# %% ../nbs/62_intervals.ipynb #05a0ca2c
+def wilson(p,        # Share of successes, 0 to 1: a number or an array
+           n,        # Number of items behind it, of the shape of `p`
+           crit=Z):  # Normal (or Student) quantile: how many standard errors to each side
+    "Wilson's interval (low, high) of a share (Wilson, 1927); both ends lie within 0 and 1"
     p, n = np.asarray(p, float), np.asarray(n, float)
-    mid, half = p + crit**2/(2*n), crit*np.sqrt(p*(1-p)/n + crit**2/(4*n**2))
+    mid = p + crit**2/(2*n)
+    half = crit*np.sqrt(p*(1-p)/n + crit**2/(4*n**2))
     return np.maximum((mid-half)/(1+crit**2/n), 0), np.minimum((mid+half)/(1+crit**2/n), 1)
 
-# %% ../nbs/62_intervals.ipynb #8c848095
-def half_width(n, p=.5): return Z*math.sqrt(p*(1-p)/n)
+# %% ../nbs/62_intervals.ipynb #f335c847
+def half_width(n,            # Number of items
+               p:float=.5):  # Score, 0 to 1
+    "Half the width of the textbook's 95% interval of a share"
+    return Z*math.sqrt(p*(1-p)/n)
 
-# %% ../nbs/62_intervals.ipynb #81ab27e0
-def min_detectable(n,              # Items
-                   p=.5,           # Score about which we ask
-                   paired=False,   # Same items for both?
-                   discordant=.2,  # Share of items on which the two disagree, if paired
-                   seeds=1,        # Runs of each method
-                   seed_sd=0.,     # Standard deviation of a method's score over seeds
-                   alpha=.05, power=.8):
-    "Smallest difference of two scores that is found with probability `power`"
+# %% ../nbs/62_intervals.ipynb #a57c0131
+def min_detectable(n,                     # Number of items
+                   p:float=.5,            # Score about which we ask, 0 to 1
+                   paired:bool=False,     # Do both methods answer the same items?
+                   discordant:float=.2,   # Share of items on which the two disagree, if paired
+                   seeds:int=1,           # Runs of each method
+                   seed_sd:float=0.,      # Standard deviation of a method's score over seeds
+                   alpha:float=.05,       # Chance of a false claim
+                   power:float=.8):       # Chance of finding the difference
+    "Smallest difference of two scores that a test finds with probability `power`"
     items = discordant/n if paired else 2*p*(1-p)/n
     return (z_value(alpha) + NormalDist().inv_cdf(power))*math.sqrt(items + 2*seed_sd**2/seeds)
 
-# %% ../nbs/62_intervals.ipynb #86148663
+# %% ../nbs/62_intervals.ipynb #73234fff
 _lgamma = np.vectorize(math.lgamma, otypes=[float])
 
-def beta_inc(a, b, x):
-    "Regularised incomplete beta function, for arrays"
+def beta_inc(a,   # First parameter, above 0: a number or an array
+             b,   # Second parameter, above 0
+             x):  # Where to, 0 to 1
+    "Regularised incomplete beta function I_x(a, b), for arrays"
     a, b, x = np.broadcast_arrays(*(np.asarray(v, float) for v in (a, b, x)))
-    swap = x > (a+1)/(a+b+2)                              # the fraction converges fast on one side only
+    swap = x > (a+1)/(a+b+2)
     a, b, x = np.where(swap, b, a), np.where(swap, a, b), np.where(swap, 1-x, x)
     front = np.exp(_lgamma(a+b) - _lgamma(a) - _lgamma(b) + a*np.log(np.maximum(x, 1e-300)) + b*np.log1p(-x))/a
-    c, d = np.ones_like(x), 1/(1 - (a+b)*x/(a+1))
+    c = np.ones_like(x)
+    d = 1/(1 - (a+b)*x/(a+1))
     h = d
     for m in range(1, 200):
         for t in m*(b-m)*x/((a+2*m-1)*(a+2*m)), -(a+m)*(a+b+m)*x/((a+2*m)*(a+2*m+1)):
-            d = 1/(1 + t*d); c = 1 + t/c; h = h*c*d
+            d = 1/(1 + t*d)
+            c = 1 + t/c
+            h = h*c*d
         if np.abs(c*d-1).max(initial=0) < 1e-12: break
     return np.where(swap, 1-front*h, front*h)
 
-# %% ../nbs/62_intervals.ipynb #93859834
-def t_tails(t, df):
+# %% ../nbs/62_intervals.ipynb #d08b8b9f
+def t_tails(t,    # Student's t: a number or an array
+            df):  # Degrees of freedom
     "Probability that Student's t is farther from 0 than `t`"
     return beta_inc(np.asarray(df)/2, .5, df/(df + np.square(t)))
 
-# %% ../nbs/62_intervals.ipynb #1f1e7121
-def t_quantile(alpha, df):
-    "The t that leaves `alpha` in both tails together"
+# %% ../nbs/62_intervals.ipynb #f1f555bd
+def t_quantile(alpha,   # Probability outside, both tails together: a number or an array
+               df):     # Degrees of freedom
+    "The t that leaves `alpha` in both tails together, of the shape of `alpha` and `df`"
     alpha, df = np.broadcast_arrays(np.asarray(alpha, float), np.minimum(np.asarray(df, float), 1e6))
-    lo, hi = np.full(df.shape, -9.), np.full(df.shape, 30.)                      # of log t
+    lo, hi = np.full(df.shape, -9.), np.full(df.shape, 30.)                # of log t
     for _ in range(60):
-        mid = (lo+hi)/2; far = t_tails(np.exp(mid), df) > alpha
+        mid = (lo+hi)/2
+        far = t_tails(np.exp(mid), df) > alpha
         lo, hi = np.where(far, mid, lo), np.where(far, hi, mid)
     return np.exp(hi)
 
-# %% ../nbs/62_intervals.ipynb #9c191cea
-def t_interval(d, alpha=.05):     # d: a difference a seed
-    "(mean, low, high) of Student's interval; without an end where there is one value"
+# %% ../nbs/62_intervals.ipynb #f57590a7
+def t_interval(d,                 # (S,) values, such as one difference per seed
+               alpha:float=.05):  # Probability outside the interval
+    "(mean, low, high) of Student's interval; the ends are infinite where there is one value"
     d = np.asarray(d, float)
     half = float(t_quantile(alpha, len(d)-1))*d.std(ddof=1)/len(d)**.5 if len(d)>1 else np.inf
     return float(d.mean()), float(d.mean()-half), float(d.mean()+half)
 
-@lru_cache(None)
-def _f_limit(alpha, a, b):
-    "The F of (a, b) degrees of freedom that chance exceeds with probability `alpha`"
-    lo, hi = 0., 60.                                                             # of log F
-    for _ in range(50):
-        mid = (lo+hi)/2; far = beta_inc(b/2, a/2, b/(b + a*math.exp(mid))) > alpha
-        lo, hi = (mid, hi) if far else (lo, mid)
-    return math.exp(hi)
+# %% ../nbs/62_intervals.ipynb #9ddf3af2
+def variance_parts(y):   # (S, n) scores of one method
+    "(v_i, v_s): what the items and what the seeds add to the variance of the mean of `y`"
+    S, n = y.shape
+    rest = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()        # what neither item nor seed explains
+    var_rest = (rest**2).sum()/((n-1)*max(S-1, 1))
+    v_i = max(y.mean(0).var(ddof=1) - var_rest/S, 0)/n
+    v_s = y.mean(1).var(ddof=1)/S if S>1 else 0.
+    return v_i, v_s
 
+# %% ../nbs/62_intervals.ipynb #5f4e4b60
 @lru_cache(None)
 def _t(alpha, df): return z_value(alpha) if math.isinf(df) else float(t_quantile(alpha, df))
 
+def _ts(alpha, df):
+    "Student's quantile for one or an array of degrees of freedom, each computed once"
+    if np.ndim(df)==0: return _t(alpha, df)
+    known, at = np.unique(df, return_inverse=True)
+    return np.array([_t(alpha, float(x)) for x in known])[at].reshape(np.shape(df))
+
+def cochran_critical(w,                 # Part of the variance that is due to seeds, 0 to 1: a number or an array
+                     df_seeds,          # Degrees of freedom of the seeds
+                     df_items,          # Of the items; math.inf for the normal distribution
+                     alpha:float=.05):  # Probability outside the interval
+    "Critical value (Cochran, 1964): how many standard errors an interval reaches to each side"
+    return w*_ts(alpha, df_seeds) + (1-w)*_ts(alpha, df_items)
+
+# %% ../nbs/62_intervals.ipynb #1a26afa7
 _grid = np.concatenate([np.linspace(1, .01, 100), np.geomspace(.009, 1e-12, 100)])
 
 @lru_cache(None)
 def _t_grid(df): return np.array([_t(a, df) for a in _grid]) if math.isinf(df) else t_quantile(_grid, df)
 
-# %% ../nbs/62_intervals.ipynb #4c2cc480
-def pool_seeds(s2,   # (K,) variance of the seeds' means; anything where df is 0
-               df):  # (K,) seeds less one
-    "Each method's seed variance, no smaller than the average, and the degrees of freedom"
+def cochran_p(t,          # Difference in standard errors: a number or an array
+              w,          # Part of its variance that is due to seeds, 0 to 1
+              df_seeds,   # Degrees of freedom of the seeds, one number
+              df_items):  # Of the items
+    "p-value of `t`: the alpha at which `cochran_critical` equals |t|"
+    t, w = np.broadcast_arrays(np.abs(t), w)
+    a, b = _t_grid(df_seeds), _t_grid(df_items)
+    ps = [np.exp(np.interp(x, k*a+(1-k)*b, np.log(_grid))) for x,k in zip(t.ravel(), w.ravel())]
+    return np.array(ps).reshape(t.shape)
+
+# %% ../nbs/62_intervals.ipynb #56e4cd39
+def share_interval(y):   # (S, n) scores of one method, each within 0 and 1: a row per seed
+    "95% interval (low, high) of the mean of `y`, over the items drawn and the seeds trained"
+    y = np.atleast_2d(np.asarray(y, float))
+    S, n = y.shape
+    if S==1: return wilson(y.mean(), n)                          # one run knows nothing of other seeds
+    v_i, v_s = variance_parts(y)
+    v = v_i + v_s
+    w = v_s/v if v>0 else 0.                                     # the seeds' part
+    p = y.mean()
+    effective = p*(1-p)/v if v>0 else n
+    return wilson(p, np.clip(effective, 1, n*S), cochran_critical(w, S-1, n-1))
+
+# %% ../nbs/62_intervals.ipynb #aad7d32d
+def pool_seeds(s2,   # (K,) variance of each method's means over seeds; anything where `df` is 0
+               df):  # (K,) degrees of freedom of each: its seeds less one
+    "((K,) seed variance, no smaller than the average; degrees of freedom of all, infinite where nobody has seeds)"
     s2, df = np.asarray(s2, float), np.asarray(df)
     if not df.sum(): return np.zeros_like(s2), math.inf
     mean = np.average(np.where(df>0, s2, 0), weights=df)
     return np.where(df>0, np.maximum(s2, mean), mean), int(df.sum())
 
-# %% ../nbs/62_intervals.ipynb #22eaa564
-def restless(s2,          # (K,) variance of the seeds' means
-             df,          # (K,) seeds less one
-             alpha=.2):   # Chance of setting anyone aside where all scatter alike
-    "Boolean (K,): whose seeds scatter more than the others' by more than chance; the worst is set aside first"
-    s2, df, out = np.asarray(s2, float), np.asarray(df), np.zeros(len(s2), bool)
+# %% ../nbs/62_intervals.ipynb #e195c172
+@lru_cache(None)
+def f_quantile(alpha,  # Probability beyond it
+               a,      # Degrees of freedom of the numerator
+               b):     # Of the denominator
+    "The F of (a, b) degrees of freedom that chance exceeds with probability `alpha`"
+    lo, hi = 0., 60.                                                             # of log F
+    for _ in range(50):
+        mid = (lo+hi)/2
+        far = beta_inc(b/2, a/2, b/(b + a*math.exp(mid))) > alpha
+        lo, hi = (mid, hi) if far else (lo, mid)
+    return math.exp(hi)
+
+# %% ../nbs/62_intervals.ipynb #e48224e3
+def unstable_methods(s2,              # (K,) variance of each method's means over seeds
+                     df,              # (K,) degrees of freedom of each; 0 for one without seeds
+                     alpha:float=.2): # Chance of setting any apart where all scatter alike
+    "Boolean (K,): whose seeds scatter more than the others' by more than chance; the worst is set apart first"
+    s2, df = np.asarray(s2, float), np.asarray(df)
+    unstable = np.zeros(len(s2), bool)
     for _ in range(len(s2)):
-        rest = np.flatnonzero((df>0) & ~out)
-        if len(rest)<3: return out
-        i = rest[s2[rest].argmax()]; calm = rest[rest!=i]; mean = np.average(s2[calm], weights=df[calm])
-        if s2[i] <= mean*_f_limit(alpha/len(rest), int(df[i]), int(df[calm].sum())): return out
-        out[i] = True
-    return out
+        rest = np.flatnonzero((df>0) & ~unstable)
+        if len(rest)<3: return unstable
+        worst = rest[s2[rest].argmax()]
+        others = rest[rest!=worst]
+        mean = np.average(s2[others], weights=df[others])
+        limit = f_quantile(alpha/len(rest), int(df[worst]), int(df[others].sum()))
+        if s2[worst] <= mean*limit: return unstable
+        unstable[worst] = True
+    return unstable
 
-def _crit(w, df_seeds, df_items, alpha=.05):
-    "Cochran's critical value: `w` is the part of the variance that is due to seeds"
-    return w*_ts(alpha, df_seeds) + (1-w)*_ts(alpha, df_items)
-
-def _ts(alpha, df):
-    "Student's quantile for one or an array of degrees of freedom"
-    if np.ndim(df)==0: return _t(alpha, df)
-    known, at = np.unique(df, return_inverse=True)
-    return np.array([_t(alpha, float(x)) for x in known])[at].reshape(np.shape(df))
-
-def _p_value(t, w, df_seeds, df_items):
-    "The alpha at which `_crit` equals |t|, so that p < 0.05 just when the 95% interval excludes 0"
-    t, w = np.broadcast_arrays(np.abs(t), w)
-    a, b = _t_grid(df_seeds), _t_grid(df_items)
-    return np.array([np.exp(np.interp(x, k*a+(1-k)*b, np.log(_grid))) for x,k in zip(t.ravel(),
-        w.ravel())]).reshape(t.shape)
-
-# %% ../nbs/62_intervals.ipynb #6df995b7
-def holm(p):
-    "p-values adjusted after Holm; nan stays nan and counts for nothing"
-    p = np.asarray(p, float); out, ok = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
+# %% ../nbs/62_intervals.ipynb #1a6061a4
+def holm(p):   # (m,) p-values, nan where there was no test
+    "(m,) p-values adjusted after Holm (1979), to be compared with alpha; nan stays nan and counts for nothing"
+    p = np.asarray(p, float)
+    out, ok = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
     order = ok[np.argsort(p[ok], kind='stable')]
     out[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)), 1)
     return out

@@ -19,8 +19,9 @@ from .values import check_names, nearest, UserError
 from .files import atomic_write, project_path, relative, results_path, setting, to_json
 from .records import load_items, load_records, load_steps, run_folders, summary
 from .intervals import holm, t_interval
-from .fields import paired_diff
-from .compare import compare, fmt_diff
+from .ranks import paired_diff
+from .compare import compare
+from .metrics import fmt_diff
 from .scales import scale_of
 
 # %% ../nbs/76_study.ipynb #c21ec1e4
