@@ -2,7 +2,7 @@
 import json, os, resource, signal, subprocess, sys, time
 import numpy as np, pytest
 from pathlib import Path
-from flow2lab import duplicates, corpus, tokenizer, packs
+from flow2lab import corpus, jobs, packs, tokenizer
 from flow2lab.cli import main
 from flow2lab.values import UserError
 from flow2lab.files import project_root
@@ -29,9 +29,9 @@ def web(tmp_path_factory):
                          for i in range(1200)))
     return p
 
-duplicates.CHUNK = 600_000         # characters: several chunks of little text
-FLOW2LAB = [sys.executable, '-c', 'import sys; from flow2lab import corpus; from flow2lab.cli import main; '
-            'corpus.CHUNK = 600_000; sys.exit(main())']
+jobs.CHUNK = 600_000         # characters: several chunks of little text
+FLOW2LAB = [sys.executable, '-c', 'import sys; from flow2lab import jobs; from flow2lab.cli import main; '
+            'jobs.CHUNK = 600_000; sys.exit(main())']
 def left(folder):
     return (sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if 'tmp' in f.name)
             if folder.exists() else [])
