@@ -138,7 +138,8 @@ def run_and_record(s,             # A Spec
                    force=False):  # Again, although there is a record?
     "Run `s`, and what it starts from, unless there is a record; the record as a `Result`. `UserError` if it failed"
     from flow2lab.metrics import metrics_text
-    from flow2lab.sweep import DONE, sweep
+    from flow2lab.sweep import sweep
+    from flow2lab.attempt import DONE
     r = sweep([s], study, force=force)[0]
     if r.status not in DONE: raise UserError(f'{s.name}: {r.status}. {r.message}')
     m = json.loads((Path(r.folder)/'metrics.json').read_text())
