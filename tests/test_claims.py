@@ -33,7 +33,7 @@ def test_readme_speeds_are_the_reference_records():
 @pytest.mark.parametrize('study', ['methods', 'architectures', 'architectures-small', 'from_scratch',
                                    'from_scratch-small'])
 def test_readme_findings_are_the_records(study):
-    from flow2lab.study import finding_line
+    from flow2lab.findings import finding_line
     text = (ROOT/'README.md').read_text()
     for f in json.loads((REF/study/'answer.json').read_text())['findings']: assert finding_line(f) in text
 
@@ -49,7 +49,7 @@ def test_readme_on_real_text_says_what_the_ranks_are():
 @pytest.mark.parametrize('study', STUDIES)
 def test_findings_follow_from_the_records(study):
     from flow2lab.records import load_records
-    from flow2lab.study import finding
+    from flow2lab.findings import finding
     df = load_records(REF/study)
     for f in json.loads((REF/study/'answer.json').read_text())['findings']:
         again = finding(f['claim'], df, f['better'], f['worse'], f['metric'], f['source'], f['margin'])
@@ -69,3 +69,31 @@ def test_shipped_models_are_small_and_recorded(size):
     assert sum(p.stat().st_size for p in d.iterdir())<=6e6 and (d/'model.safetensors').exists()
     r = json.loads((d/'record.json').read_text())
     assert r['parameters']>1e6 and r['curve'][-1]['loss']<r['curve'][0]['loss']
+
+class Planned(Exception): pass
+
+def specs_of(study, scale='nano'):
+    "The Specs that a study's notebook hands to the sweep, found by running its cells up to there"
+    import flow2lab.sweep
+    cells = json.loads((ROOT/'nbs'/'studies'/f'{study}.ipynb').read_text())['cells']
+    def planned(specs, *args, **kw): raise Planned(list(specs))
+    sweep, flow2lab.sweep.sweep, names = flow2lab.sweep.sweep, planned, {}
+    try:
+        for c in cells:
+            if c['cell_type']!='code': continue
+            exec(''.join(c['source']), names)
+            if 'parameters' in c['metadata'].get('tags', []): names['scale'] = scale
+    except Planned as e: return e.args[0]
+    finally: flow2lab.sweep.sweep = sweep
+
+@pytest.mark.parametrize('study', ['methods', 'size_and_rank', 'better_start', 'learning_rates', 'architectures',
+                                   'architecture_rates'])
+def test_studies_ask_for_the_recorded_runs(study):
+    "Every run of the reference has the id that the study's Spec has today, and no run is missing"
+    from flow2lab.records import load_records
+    assert {s.id for s in specs_of(study)}==set(load_records(REF/study)['id'])
+
+def test_size_and_rank_has_two_sizes_at_every_scale():
+    from flow2lab.scales import SCALES
+    for s in SCALES.values(): assert s.smaller!=s.larger
+    for scale in SCALES: assert len({s.base for s in specs_of('size_and_rank', scale)})==2
