@@ -91,7 +91,7 @@ def find_data(path):   # Absolute, from here, from the root, or in a folder of t
 
 # %% ../nbs/01_files.ipynb #aca1fde9
 def portable_path(path):   # Path, hub id or name; several in a list or joined by commas; or any other value
-    "`path` as a Spec says it, so that every process finds what exists from here"
+    "`path` as every process finds it: from the project root, or absolute when it lies outside; what does not exist stays"
     if isinstance(path, (list, tuple)): return [portable_path(p) for p in path]
     if not isinstance(path, (str, Path)): return path
     return ','.join(_portable(p.strip()) for p in str(path).split(','))
@@ -121,7 +121,7 @@ def fsync_dir(path):   # Folder
 # %% ../nbs/01_files.ipynb #7b5aebee
 def atomic_write(path,    # File; its folder is made
                  data):   # str or bytes
-    "Write `data` so that a reader sees the old file or the whole new one; the path; `UserError` when it cannot be written"
+    "Write a file, and return its path: a reader sees the old one or the whole new one. `UserError` on a full disk"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
@@ -167,7 +167,8 @@ def _replace_dir(tmp, path):
 
 # %% ../nbs/01_files.ipynb #c5ab3844
 _disk_full = ('No space left', 'StorageFull', 'File too large', 'Disk quota', 'os error 28', 'os error 27',
-              'PytorchStreamWriter', 'inline_container', 'iostream error')      # the last three are torch.save's
+              # torch.save's words for it
+              'PytorchStreamWriter', 'inline_container', 'iostream error')
 
 @contextlib.contextmanager
 def writing(what):   # File or folder, for the message

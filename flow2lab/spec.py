@@ -49,7 +49,9 @@ def bench_defaults(
 TRAIN, BENCH = train_defaults(), bench_defaults()
 
 # %% ../nbs/04_spec.ipynb #77bbfa9d
-CHOICES = dict(precision=('auto', 'bf16', 'fp32'), loss_on=('answer', 'all'), dtype=('auto', 'fp32', 'bf16', 'fp16'))
+CHOICES = dict(precision=('auto', 'bf16', 'fp32'),
+               loss_on=('answer', 'all'),
+               dtype=('auto', 'fp32', 'bf16', 'fp16'))
 
 SCHEMA = 1
 
@@ -58,7 +60,7 @@ SCHEMA = 1
 class Spec:
     "Everything that defines one experiment, as plain JSON values; equal `id`, equal result. " \
     "`UserError` for an unknown or impossible value"
-    base:object='nano'                                  # Shipped model, hub id, path, arch-size preset, or a Spec
+    base:object='nano'                                  # Shipped model, hub id, path, preset, or a Spec
     task:str=''                                         # What it trains on; empty to leave the base untouched
     task_args:dict=field(default_factory=dict)          # n (rows), seed, path, and what the task itself takes
     method:str='full'                                   # How it trains
@@ -115,6 +117,7 @@ def to_dict(self:Spec):
     if getattr(self.base, 'record', None): d['base'] = dict(self.base.to_dict(), id=self.base.id)
     return json.loads(to_json(d))
 
+# %% ../nbs/04_spec.ipynb #ca5b30e3
 @patch(cls_method=True)
 def from_dict(cls:Spec,
               d):    # Fields, as from `to_dict`
@@ -163,6 +166,21 @@ def weights_file(folder):   # From `base_folder`
     weights = sorted([*p.glob('*.safetensors'), *p.glob('*.gguf')])
     return weights[0] if len(weights)==1 else p
 
+# %% ../nbs/04_spec.ipynb #86dc76cd
+def _filled(spec, kind, axis, field):
+    "The arguments of the entry that `field` names, with its own defaults"
+    name, where = getattr(spec, field), field+'_args'
+    return bound_args(kind, axis[name], getattr(spec, where), where) if name else {}
+
+# %% ../nbs/04_spec.ipynb #008e5ee2
+def _data(name, args, where):
+    "The fingerprint of a task's data, its arguments checked"
+    t = task[name]
+    check_names(f'argument of task {name}', args, t.args())
+    for k,v in args.items():
+        if not isinstance(v, (list, tuple)): check_value(f'{where}.{k}', v, t.defaults().get(k))
+    return t.fingerprint(**args)
+
 # %% ../nbs/04_spec.ipynb #b6071cb9
 @patch
 def validate(self:Spec):
@@ -177,19 +195,6 @@ def validate(self:Spec):
     elif (p := base_folder(self.base)): d['base'] = dict(name=p.name, weights=fingerprint(weights_file(p)))
     if (hashes := self.plugins()): d['plugins'] = hashes
     return d
-
-def _filled(spec, kind, axis, field):
-    "The arguments of the entry that `field` names, with its own defaults"
-    name, where = getattr(spec, field), field+'_args'
-    return bound_args(kind, axis[name], getattr(spec, where), where) if name else {}
-
-def _data(name, args, where):
-    "The fingerprint of a task's data, its arguments checked"
-    t = task[name]
-    check_names(f'argument of task {name}', args, t.args())
-    for k,v in args.items():
-        if not isinstance(v, (list, tuple)): check_value(f'{where}.{k}', v, t.defaults().get(k))
-    return t.fingerprint(**args)
 
 # %% ../nbs/04_spec.ipynb #251fa677
 @patch
@@ -210,6 +215,7 @@ def id(self:Spec):
     if not hasattr(self, '_id'): object.__setattr__(self, '_id', hash_of(dict(self.validate(), schema=SCHEMA)))
     return self._id
 
+# %% ../nbs/04_spec.ipynb #b844111d
 @patch
 def __hash__(self:Spec): return hash(self.id)
 
