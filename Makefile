@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv lab test docs bench readme outputs clean-notebooks
+.PHONY: help .venv lab test docs bench readme outputs studies clean-notebooks
 
 help:                ## List the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z-]*:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ readme: .venv/.done  ## Make README.md from nbs/index.ipynb
 
 outputs: .venv/.done ## Run the library's notebooks and keep what they show
 	$(BIN)/python -m flow2lab.site outputs
+
+studies: .venv/.done ## Renew what the studies' notebooks show, from the reference records
+	$(BIN)/python -m flow2lab.study
 
 clean-notebooks: .venv/.done  ## Export the modules and strip what notebooks should not carry
 	$(BIN)/nbdev-export

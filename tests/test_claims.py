@@ -25,9 +25,9 @@ def test_readme_speeds_are_the_reference_records():
     assert len(rows)>30
     for r in rows:
         assert benchmark_line(r).strip() in text, f'README lacks: {benchmark_line(r)}'
-        better = (r['ours']/r['peer'] if r.get('higher') or '/s' in r['unit'] or r['unit']=='pairs' else
-                  r['peer']/r['ours'])
-        assert abs(better/r['ratio']-1)<.05, r           # some sides were kept with two digits
+        higher = r.get('higher') or '/s' in r['unit'] or r['unit']=='pairs'
+        better = r['ours']/r['peer'] if higher else r['peer']/r['ours']
+        assert abs(better/r['ratio']-1)<.05, r           # some sides were recorded with two digits
         assert r['hardware'] and r['versions'] and r['peer_name'], r['work']
 
 @pytest.mark.parametrize('study', ['methods', 'architectures', 'architectures-small', 'from_scratch',
@@ -97,3 +97,13 @@ def test_size_and_rank_has_two_sizes_at_every_scale():
     from flow2lab.scales import SCALES
     for s in SCALES.values(): assert s.smaller!=s.larger
     for scale in SCALES: assert len({s.base for s in specs_of('size_and_rank', scale)})==2
+
+@pytest.mark.parametrize('study', ['methods', 'size_and_rank', 'better_start'])
+def test_study_notebooks_show_the_records(study):
+    "The notebook holds its outputs, and its last one is the sentence that the reference's findings make"
+    from flow2lab.findings import conclusion, reference_findings
+    cells = [c for c in json.loads((ROOT/'nbs'/'studies'/f'{study}.ipynb').read_text())['cells'] if c['cell_type']=='code']
+    shown = [o for c in cells for o in c['outputs']]
+    assert sum('image/png' in o.get('data', {}) for o in shown)>=2
+    assert ''.join(cells[-1]['outputs'][0]['text']).strip()==conclusion(reference_findings(study))
+    assert not re.search(r'"/(home|root|work|tmp|Users)/', json.dumps(shown))
