@@ -145,13 +145,14 @@ def train_in_processes(spec, processes, extra=()):
 def train_here(spec):
     "This process's share of the training of `spec`"
     import torch
-    from flow2lab import contamination, methods, preference, runs
+    from flow2lab import contamination, methods, runs, train
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     tok, model = runs.tokenizer_of(spec), runs.start(spec)
     data = contamination.training_data(spec.but(eval={}), tok)
-    model = methods.attach(model, spec, steps=preference.count_steps(data, tok, model, spec))
+    model = methods.attach(model, spec)
+    plan = train.plan_training(data, tok, model, spec)
     every = spec.train.save_every or 10**9           # the last step is always saved
-    return preference.learn(model, tok, data, spec.but(train=dict(save_every=every)), out=output_path(spec))
+    return train.fit(model, tok, plan, spec.but(train=dict(save_every=every)), out=output_path(spec))
 
 if __name__=='__main__' and len(sys.argv)==2 and sys.argv[1].endswith('spec.json'):
     r = train_here(Spec.from_dict(json.loads(Path(sys.argv[1]).read_text())))

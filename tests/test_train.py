@@ -32,7 +32,8 @@ def _run(out, settings=SETTINGS, pace=0, fsize=None, memory=None, world=None, fu
                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(world[2]))
     import torch
     from flow2lab.values import UserError
-    from flow2lab.train import Curve, fit
+    from flow2lab.curve import Curve
+    from flow2lab.train import fit
     if pace:      # time enough to be killed in
         write = Curve.write
         Curve.write = lambda self: (write(self), time.sleep(pace))[0]
