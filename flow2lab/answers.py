@@ -42,13 +42,13 @@ _number = re.compile(rf'''(?<![\w^])(?<![0-9]\.)          # not inside a word, a
     (?P<sign>-?\$?\s?-?) (?P<n>{_digits}(?:\.[0-9]+)?|\.[0-9]+)
     (?: \s+(?P<a>[0-9]+)/(?P<b>[0-9]+) | \s?/\s?(?P<d>{_digits}) )?   # 3 1/2, 7/14''', re.X)
 
-_more = re.compile(r'\s*(\\?sqrt|\\?pi\b|[√π^])|[xy]\b')              # 2\sqrt{3}, 5^2, 4x: not this number alone
+_more = re.compile(r'\s*(\\?sqrt|\\?pi\b|[√π^])|[xy]\b')     # 2\sqrt{3}, 5^2, 4x: not this number alone
 
 # %% ../nbs/14_answers.ipynb #10d45bc8
 def _exact(s): return Fraction(s.replace(',', ''))
 
 def _value(match):
-    "The number of a match, exact; None for a division by 0, a part of a formula, or a run of more than 40 digits"
+    "The exact number of a match; None for a division by 0, a part of a formula, or more than 40 digits"
     endless = len(match['n'])>40 or len(match[0])>4000
     if endless or _more.match(match.string, match.end()): return None
     whole = _exact(match['n'])
@@ -71,7 +71,7 @@ _lead = re.compile(r'[\s*_`~≈:({\[\\]*(?:[-+*/×÷().,$%0-9x ]*=\s*)*[\s*_`({\
 
 def number_at(text,   # Plain text, see `plain_math`
               i=0):   # Position in it
-    "(number that begins at `text[i:]` behind marks and sums, where it ends); (None, i) when none begins there"
+    "(number that begins at `text[i:]` behind marks and sums, where it ends); (None, i) for none"
     m = _number.match(text, _lead.match(text, i).end())
     return (_value(m), m.end()) if m else (None, i)
 
@@ -117,7 +117,7 @@ def final_number(text):  # What a model wrote
 
 # %% ../nbs/14_answers.ipynb #8c18c682
 def whole_number(text):  # An expected answer, text or number
-    "The number that all of `text` is (a currency or per cent sign may stand there); None when it is anything else"
+    "The number that all of `text` is, but for a currency or per cent sign; None when it is anything else"
     text = plain_math(str(text))
     value, end = number_at(text)
     return None if text[end:].strip(' $%.)\\') else value
@@ -130,7 +130,7 @@ def formula(text):  # A formula in LaTeX or plain text
 
 # %% ../nbs/14_answers.ipynb #4f360b39
 def final_formula(text):  # What a model wrote
-    "The final answer of `text`: in \\boxed{}, else on the line after its last `####` or 'answer is'; '' for none"
+    "The final formula: in \\boxed{}, else on the line after the last `####` or 'answer is'; '' for none"
     box = boxed(text)
     if box is not None: return formula(box)
     tails = re.split('####|' + _announced.pattern, text)[1:]
@@ -140,20 +140,20 @@ def final_formula(text):  # What a model wrote
 
 # %% ../nbs/14_answers.ipynb #4c79941e
 _letter = [r'^[\s*("]*([A-Z])[\s*"]*(?:[).:,].*)?$',                                    # B. a bat
-           r'(?i:\b(?:answer|option|choice)\b(?:\s+is)?)[\s:*("]*([A-Z])(?![\w\'])',      # The answer is **B**
+           r'(?i:\b(?:answer|option|choice)\b(?:\s+is)?)[\s:*("]*([A-Z])(?![\w\'])',    # The answer is **B**
            r'\\boxed\{\s*(?:\\text\{)?([A-Z])\b',
            r'\(([A-Z])\)']
 
 def final_letter(text,     # What a model wrote
                  labels,   # Letters of the options, in order
                  texts):   # The options' words
-    "The letter of the option that `text` names by letter, number, words or a sentence; None when it names none"
-    said, options = normalize(text), [normalize(t) for t in texts]
-    letter = said[:1].upper()
-    if said.upper() in labels: return said.upper()
-    if said in options: return labels[options.index(said)]
-    if said[1:2]==' ' and letter in labels and said[2:]==options[labels.index(letter)]: return letter
-    if said.isdecimal() and 0<int(said[:3])<=len(labels): return labels[int(said[:3])-1]    # ARC numbers some
+    "The letter of the option that `text` names by letter, number, words or a sentence; None for none"
+    words, options = normalize(text), [normalize(t) for t in texts]
+    letter, rest = words[:1].upper(), words[2:]
+    if words.upper() in labels: return words.upper()
+    if words in options: return labels[options.index(words)]
+    if words[1:2]==' ' and letter in labels and rest==options[labels.index(letter)]: return letter
+    if words.isdecimal() and 0<int(words[:3])<=len(labels): return labels[int(words[:3])-1]
     for pattern in _letter:
         found = re.findall(pattern, text.strip(), re.S)
         if found and found[-1] in labels: return found[-1]
@@ -168,14 +168,14 @@ def macro_f1(golds,   # Right labels, one per item
 
 # %% ../nbs/14_answers.ipynb #2677637c
 def squad_normalize(text):  # An answer, gold or predicted
-    "`text` in lower case, without punctuation and articles, with single spaces (`normalize_answer` of the script)"
+    "`text` in lower case, without punctuation and articles, single spaces (the script's `normalize_answer`)"
     text = ''.join(c for c in text.lower() if c not in string.punctuation)
     return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
 
 # %% ../nbs/14_answers.ipynb #5cb9ff71
 def squad_f1(gold,   # Right answer
              pred):  # Predicted answer
-    "F1 of the words that two answers share, 0 to 1; 1 or 0 when one of them is empty (`compute_f1` of the script)"
+    "F1 of the words that two answers share, 0 to 1; 1 or 0 if one is empty (the script's `compute_f1`)"
     gold, pred = squad_normalize(gold).split(), squad_normalize(pred).split()
     if not gold or not pred: return int(gold==pred)
     shared = sum((collections.Counter(gold) & collections.Counter(pred)).values())

@@ -100,6 +100,7 @@ def notes(p,      # File
         if f.read(3)==codecs.BOM_UTF8: yield 'starts with a byte order mark, which is ignored'
     if shape=='kto': yield 'rows whose label is false hold answers not to learn'
 
+# %% ../nbs/12_check.ipynb #f28f6566
 def verdict(p,       # File
             report): # With rows and bad rows counted
     "What `read_rows` would raise, as text; '' if nothing"
@@ -137,12 +138,14 @@ def _by_reason(bad_rows, more):
     "One text line for each reason, with its rows"
     lines = {}
     for b in bad_rows: lines.setdefault(b['reason'], []).append(str(b['line']))
-    return [f'  line{"s" if len(ns)>1 else ""} {", ".join(ns)}: {why}' for why,ns in lines.items()] + _more(more)
+    out = [f'  line{"s" if len(ns)>1 else ""} {", ".join(ns)}: {why}' for why,ns in lines.items()]
+    return out + _more(more)
 
 @patch
 def __repr__(self:Report):
     out = [f'{self.path}: {_n(self.rows, "row")}, shape {self.shape or "unknown"} '
-           f'({self.container}, {human_bytes(self.bytes)}), {self.bad:,} bad, {_n(self.duplicates, "duplicate")}']
+           f'({self.container}, {human_bytes(self.bytes)}), {self.bad:,} bad, '
+           f'{_n(self.duplicates, "duplicate")}']
     if self.chars: out.append('characters per row: ' + ', '.join(f'{k} {v:,}' for k,v in self.chars.items()))
     turns = ', '.join(f'{k} ({_n(v, "row")})' for k,v in sorted(self.turns.items()))
     if turns: out.append(f'messages per row: {turns}')
@@ -156,7 +159,7 @@ def __repr__(self:Report):
 # %% ../nbs/12_check.ipynb #1b2437f5
 @contextlib.contextmanager
 def atomic_stream(path):  # `Path` of the file to be
-    "A binary file that becomes `path` when the block ends well, for what is too long for `files.atomic_write`"
+    "A binary file that becomes `path` when the block ends well, for more than `files.atomic_write` can take"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
@@ -171,21 +174,23 @@ def atomic_stream(path):  # `Path` of the file to be
         finally:
             with contextlib.suppress(FileNotFoundError): os.unlink(tmp)
     except OSError as e:
-        raise file_error(path, f'cannot write ({e.strerror})', 'Free some space or choose another place') from e
+        why = f'cannot write ({e.strerror})'
+        raise file_error(path, why, 'Free some space or choose another place') from e
 
 # %% ../nbs/12_check.ipynb #a54d770f
 def write_rows(rows,   # Any iterable of dicts
                path):  # Ends in .jsonl or .jsonl.gz
-    "Write `rows` as JSONL, whole or not at all; returns how many. `UserError` for another name or a full disk"
+    "Write `rows` as JSONL, whole or not at all; returns their number. `UserError` for a full disk"
     path, n = Path(path), 0
     if not path.name.endswith(('.jsonl', '.jsonl.gz')) or path.is_dir():
-        raise file_error(path, 'rows are written to JSONL files', 'Give it a name that ends in .jsonl or .jsonl.gz')
-    with atomic_stream(path) as raw:
-        packed = gzip.GzipFile('', 'wb', fileobj=raw, mtime=0) if path.suffix=='.gz' else contextlib.nullcontext(raw)
-        with packed as f:
-            for row in rows:
-                f.write((json.dumps(row, ensure_ascii=False, allow_nan=False)+'\n').encode())
-                n += 1
+        raise file_error(path, 'rows are written to JSONL files',
+                         'Give it a name that ends in .jsonl or .jsonl.gz')
+    with contextlib.ExitStack() as stack:
+        f = stack.enter_context(atomic_stream(path))
+        if path.suffix=='.gz': f = stack.enter_context(gzip.GzipFile('', 'wb', fileobj=f, mtime=0))
+        for row in rows:
+            f.write((json.dumps(row, ensure_ascii=False, allow_nan=False)+'\n').encode())
+            n += 1
     return n
 
 # %% ../nbs/12_check.ipynb #f3761396
@@ -193,7 +198,8 @@ def check_new(path,         # File to be written
               force=False): # Overwrite it
     "Raise `UserError` when the file `path` exists, unless `force`"
     if path and Path(path).exists() and not force:
-        raise file_error(Path(path), 'exists already', 'Choose another name, or overwrite it with --force (force=True)')
+        raise file_error(Path(path), 'exists already',
+                         'Choose another name, or overwrite it with --force (force=True)')
 
 # %% ../nbs/12_check.ipynb #e3791517
 def convert(src,             # Any file we can read

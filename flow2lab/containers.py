@@ -42,7 +42,8 @@ def data_file(path):  # File, or its name in one of the folders of the setting `
         lost = Path(path).is_symlink() and not Path(path).exists()
         p = Path(path) if lost else find_data(path)
     except (OSError, ValueError) as e:
-        raise UserError(f'{str(path)[:80]!r}: not a usable path ({getattr(e, "strerror", e)}). Correct it.') from None
+        why = getattr(e, 'strerror', e)
+        raise UserError(f'{str(path)[:80]!r}: not a usable path ({why}). Correct it.') from None
     if lost: raise UserError(f'{path}: a link that leads nowhere. Mend the link.')
     if p.is_dir():
         first = next((f', such as {f.name}' for f in sorted(p.iterdir()) if f.is_file()), '')
@@ -55,6 +56,7 @@ def is_gzip(p):  # File
     "Does `p` begin as gzip does?"
     with open(p, 'rb') as f: return f.read(2)==b'\x1f\x8b'
 
+# %% ../nbs/07_containers.ipynb #ad1763a3
 def open_data(p):  # File
     "A binary stream of file `p`, unpacked if it is gzip"
     return gzip.open(p) if is_gzip(p) else open(p, 'rb')
@@ -64,7 +66,8 @@ def open_data(p):  # File
 def unpacking(p):  # File that is read in the block
     "Turn what reading a damaged or forbidden file raises into a `UserError`"
     try: yield
-    except EOFError: raise file_error(p, 'the gzip stream stops in the middle', 'Fetch or pack it again') from None
+    except EOFError:
+        raise file_error(p, 'the gzip stream stops in the middle', 'Fetch or pack it again') from None
     except (zlib.error, gzip.BadGzipFile) as e:
         raise file_error(p, f'damaged gzip ({e})', 'Fetch or pack it again') from None
     except PermissionError:
@@ -72,12 +75,12 @@ def unpacking(p):  # File that is read in the block
 
 # %% ../nbs/07_containers.ipynb #e9d8f6e5
 def read_text(f):  # File
-    "All text of a file, perhaps gzipped; `UserError` with the line when it is not UTF-8, and when it is empty"
+    "All text of a file, perhaps gzipped; `UserError` when it is empty or, with the line, not UTF-8"
     with open_data(f) as h: data = h.read()
     try: text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        line, byte = data.count(10, 0, e.start)+1, data[e.start]
-        raise UserError(f'{relative(f)}:{line}: not UTF-8 (byte 0x{byte:02X}). Save the file as UTF-8.') from None
+        place = f'{relative(f)}:{data.count(10, 0, e.start)+1}'
+        raise UserError(f'{place}: not UTF-8 (byte 0x{data[e.start]:02X}). Save the file as UTF-8.') from None
     if not text.strip(): raise UserError(f'{relative(f)}: empty. Give a file with something in it.')
     return text
 
@@ -135,12 +138,19 @@ def _pass_over(f):
     while (more := f.readline(1<<20)) and not more.endswith(b'\n'): pass
 
 # %% ../nbs/07_containers.ipynb #56d0c410
-def bad_byte(byte, column): return f'not UTF-8 (byte 0x{byte:02X} at column {column})'
+def bad_byte(byte,    # From 0 to 255
+             column): # Where it stands, from 1
+    "What to say of a byte that is not UTF-8"
+    return f'not UTF-8 (byte 0x{byte:02X} at column {column})'
 
-def too_long(): return RowError(f'longer than {MAX_ROW>>20} MiB. Split it')
+# %% ../nbs/07_containers.ipynb #820b9496
+def too_long():
+    "The `RowError` for a row over `MAX_ROW`, to be raised"
+    return RowError(f'longer than {MAX_ROW>>20} MiB. Split it')
 
+# %% ../nbs/07_containers.ipynb #eb5fb6f7
 def decode(line):  # Bytes, or None for a line that was too long
-    "The text of `line` without a byte order mark; `RowError` when it is too long, has NUL bytes or is not UTF-8"
+    "The text of `line` without a byte order mark; `RowError` for a long line, NUL bytes or no UTF-8"
     if line is None: raise too_long()
     line = line.removeprefix(codecs.BOM_UTF8)
     if b'\0' in line: raise RowError(f'a NUL byte at column {line.index(0)+1}: not text')

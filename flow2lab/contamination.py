@@ -15,7 +15,7 @@ from .values import UserError
 from .files import hash_of
 from .axes import task
 from .check import content
-from .tasks import normalize
+from .tasks import COUNT, normalize
 
 # %% ../nbs/17_contamination.ipynb #281a1e2f
 def in_valid(row,       # Canonical
@@ -59,6 +59,7 @@ def all_words(row):  # Any row
     "The normalized words of all text in a row"
     return normalize(' '.join(_strings(row))).split()
 
+# %% ../nbs/17_contamination.ipynb #e16fac05
 def asked_by(row,        # A row of a task, or a canonical row
              task=None): # Class of the task
     "The normalized question of a row"
@@ -73,6 +74,7 @@ def grams(words, # List of words
     "Yield the runs of `n` words as tuples"
     return (tuple(words[i:i+n]) for i in range(len(words)-n+1))
 
+# %% ../nbs/17_contamination.ipynb #871c470f
 def gram_index(asked,    # Normalized questions
                n=13,     # Words in a row that both must have
                least=8): # Words of the shortest question that is looked for inside rows
@@ -91,7 +93,7 @@ def contamination(train_rows,        # Rows of a task, or canonical rows
                   test_task=None,
                   n=13,              # Words in a row that both must have
                   least=8):          # Words of the shortest question that is looked for inside rows
-    "Ids of test rows found in training: exact (same question), overlap (n words in a row), flagged (either); counts"
+    "Ids of test rows found in training: exact (same question), overlap (n words), flagged (either); counts"
     asked = [asked_by(r, test_task) for r in test_rows]
     copies = {asked_by(r, train_task) for r in train_rows}
     exact = {i for i,a in enumerate(asked) if a and a in copies}
@@ -109,7 +111,7 @@ def with_and_without(task,     # Class of the task
                      rows,     # Its items
                      scores,   # One per item
                      flagged): # Ids of items that were found in training
-    "dict(all, clean, flagged): the metrics over all items, over those not flagged, and the number of flagged ones"
+    "dict(all, clean, flagged): the metrics over all items and over clean ones, and the number flagged"
     clean = [s for r,s in zip(rows, scores) if r['id'] not in set(flagged)]
     return dict(all=task.aggregate(scores), clean=task.aggregate(clean) if clean else {},
                 flagged=len(scores)-len(clean))
@@ -117,14 +119,14 @@ def with_and_without(task,     # Class of the task
 # %% ../nbs/17_contamination.ipynb #9422cdcf
 def clean_metrics(items,           # DataFrame of evaluated items: task, item, metrics (JSON)
                   contamination):  # {task: what `contamination` gives}, as in `TrainingData`
-    "`task/contaminated` and `task/METRIC_clean` for each task with items among the training rows: {name: dict}"
+    "{name: dict} of `task/contaminated` and `task/METRIC_clean` for each task with items in training"
     out = {}
     for name,found in contamination.items():
         if not found['flagged'] or not len(items): continue
         mine = items[items['task']==name]
         clean = mine[~mine['item'].isin(found['flagged'])]
         scores = task[name].aggregate([json.loads(m) for m in clean['metrics']]) if len(clean) else {}
-        out[f'{name}/contaminated'] = dict(value=len(mine)-len(clean), unit='items', direction='min', n=len(mine))
+        out[f'{name}/contaminated'] = dict(value=len(mine)-len(clean), n=len(mine), **COUNT)
         out.update({f'{name}/{k}_clean': dict(value=scores[k], n=len(clean), **m)
                     for k,m in task[name].metrics.items() if k in scores})
     return out
@@ -133,11 +135,11 @@ def clean_metrics(items,           # DataFrame of evaluated items: task, item, m
 @dataclass
 class TrainingData:
     "Rows to train on, rows for the validation loss, and the evaluation items found among them, by task"
-    train:list = field(default_factory=list)
-    valid:list = field(default_factory=list)
-    contamination:dict = field(default_factory=dict)
-    objective:str = 'labels'          # What is learned from a row: its labels, or which of two answers is preferred
-    bytes_per_token:float = 0.        # Of packed text, which makes its validation loss one in bits per byte; else 0
+    train:list = field(default_factory=list)          # Rows of `Task.example`
+    valid:list = field(default_factory=list)          # The same
+    contamination:dict = field(default_factory=dict)  # {task: what `contamination` gives}
+    objective:str = 'labels'     # Entry of the axis `objective`: what is learned from a row
+    bytes_per_token:float = 0.   # Of packed text, to give its validation loss in bits per byte; else 0
     def __repr__(self):
         found = [f'{len(c["flagged"])} of {c["test"]} items of {t}'
                  for t,c in self.contamination.items() if c['flagged']]
@@ -155,7 +157,8 @@ def training_data(spec,         # What is trained, see `Spec`
     own = t.training(spec, tok) if hasattr(t, 'training') else None
     if own is not None: return own
     rows = t.load(**{'split': 'train', **spec.task_args})
-    found = {name: contamination(rows, task[name].load(**args), t, task[name]) for name,args in spec.eval.items()}
+    found = {name: contamination(rows, task[name].load(**args), t, task[name])
+             for name,args in spec.eval.items()}
     out = TrainingData(contamination=found, objective=getattr(t, 'objective', 'labels'))
     for e in map(t.example, rows): (out.valid if in_valid(e, valid) else out.train).append(e)
     return out

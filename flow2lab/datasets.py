@@ -53,6 +53,7 @@ def gold(cls:gsm8k,
     "The right number, exact"
     return final_number(row['answer'])
 
+# %% ../nbs/16_datasets.ipynb #ccaa15f5
 @patch(cls_method=True)
 def score(cls:gsm8k,
           row,          # As `load` gives it
@@ -79,8 +80,9 @@ class openmath(gsm8k):
         gold = str(raw['expected_answer']).strip()
         if not gold: raise ValueError('empty "expected_answer"')
         if numeric and whole_number(gold) is None: return None
-        rest = {k: v for k,v in raw.items() if k not in ('problem', 'generated_solution')}
-        return dict(rest, question=raw['problem'].strip(), answer=raw['generated_solution'], expected_answer=gold)
+        row = {k: v for k,v in raw.items() if k not in ('problem', 'generated_solution')}
+        row.update(question=raw['problem'].strip(), answer=raw['generated_solution'], expected_answer=gold)
+        return row
 
     @classmethod
     def render(cls, row):
@@ -123,6 +125,7 @@ def gold(cls:openmath,
     "The right number, exact; None when the answer is a formula"
     return whole_number(row['expected_answer'])
 
+# %% ../nbs/16_datasets.ipynb #daff2d94
 @patch(cls_method=True)
 def score(cls:openmath,
           row,          # As `load` gives it
@@ -140,7 +143,8 @@ class arc(Task):
     "Science questions with three to five options (Clark et al., 2018, arXiv:1803.05457)"
     kind, metrics = 'choice', dict(accuracy=FRACTION, f1=FRACTION)
     options = dict(subset='challenge', ask='mc', shots=0, shots_path='')
-    form = '{"id": ..., "question": {"stem": ..., "choices": [{"text": ..., "label": "A"}]}, "answerKey": "A"}'
+    form = ('{"id": ..., "question": {"stem": ..., "choices": [{"text": ..., "label": "A"}]}, '
+            '"answerKey": "A"}')
     hub, words, subsets, max_new_tokens = 'allenai/ai2_arc', ('arc', 'ai2_arc'), ('challenge', 'easy'), 8
 
     @classmethod
@@ -153,7 +157,7 @@ class arc(Task):
 
 # %% ../nbs/16_datasets.ipynb #b0504f03
 def arc_fields(raw):  # A row in one of the three forms
-    "(stem, texts of the options, index of the right one) of an ARC row; `KeyError` or `ValueError` for another row"
+    "(stem, texts of the options, index of the right one); `KeyError` or `ValueError` for another row"
     if 'prompt' in raw: return raw['prompt'], raw['choices'], raw['answer_idx']
     q = raw['question']
     if not isinstance(q, dict): q = dict(stem=q, choices=raw['choices'])
@@ -161,13 +165,14 @@ def arc_fields(raw):  # A row in one of the three forms
     if isinstance(choices, list): choices = {k: [c[k] for c in choices] for k in ('text', 'label')}
     return q['stem'], choices['text'], list(choices['label']).index(raw['answerKey'])
 
+# %% ../nbs/16_datasets.ipynb #421405f1
 @patch(cls_method=True)
 def parse(cls:arc,
           raw,         # A row in one of the three forms
           ask='mc',    # mc: letters are scored; cloze: the options' words are
           **options):  # The others
     "AI2's own form with letters as labels; `ValueError` when none of the choices is the answer"
-    check_names('way to ask', [ask], ['mc', 'cloze'])
+    check_names('form of question', [ask], ['mc', 'cloze'])
     stem, texts, gold = arc_fields(raw)
     if not (isinstance(gold, int) and 0<=gold<len(texts)):
         raise ValueError(f'none of {len(texts)} choices is the answer')
@@ -200,6 +205,7 @@ def letter(cls:arc,
     if isinstance(prediction, int): return labels[prediction]
     return final_letter(prediction, labels, [c['text'] for c in choices])
 
+# %% ../nbs/16_datasets.ipynb #38c7da1e
 @patch(cls_method=True)
 def score(cls:arc,
           row,          # As `load` gives it
@@ -223,7 +229,8 @@ def aggregate(cls:arc,
 class squad_v2(Task):
     "Reading: words from the context, or that it does not say (Rajpurkar et al., 2018, arXiv:1806.03822)"
     metrics = {m: FRACTION for m in ('f1', 'exact', 'HasAns_exact', 'HasAns_f1', 'NoAns_exact', 'NoAns_f1')}
-    form = '{"data": [{"paragraphs": [{"context": ..., "qas": [{"id": ..., "question": ..., "answers": [...]}]}]}]}'
+    form = ('{"data": [{"paragraphs": [{"context": ..., '
+            '"qas": [{"id": ..., "question": ..., "answers": [...]}]}]}]}')
     hub, hub_splits, words = 'rajpurkar/squad_v2', dict(test='validation'), ('squad',)
     splits = dict(train=('train',), test=('dev', 'validation', 'test'), validation=('dev', 'validation'))
     max_new_tokens, stop, none = 32, ('\n',), 'unanswerable'
@@ -254,6 +261,7 @@ def squad_questions(nested,  # Value of an official file
                 place = f'{name}: data[{i}].paragraphs[{j}].qas[{k}]'
                 yield place, dict(question, context=paragraph['context'])
 
+# %% ../nbs/16_datasets.ipynb #f3788525
 @patch(cls_method=True)
 def read(cls:squad_v2,
          f):    # A file in the official form, or of flat rows
@@ -276,6 +284,7 @@ def official(cls:squad_v2,
     return dict(f1=max(squad_f1(g, prediction) for g in golds), answerable=int(bool(row['answers']['text'])),
                 exact=exact)
 
+# %% ../nbs/16_datasets.ipynb #be95be2a
 @patch(cls_method=True)
 def score(cls:squad_v2,
           row,          # As `load` gives it
@@ -338,6 +347,7 @@ def parse(cls:chat,
     if 'prompt' not in raw: return raw
     return dict(raw, messages=[*raw['prompt'], dict(role='assistant', content=raw['chosen'])])
 
+# %% ../nbs/16_datasets.ipynb #a614e1aa
 @patch(cls_method=True)
 def render(cls:chat,
            row):    # As `load` gives it
@@ -346,6 +356,7 @@ def render(cls:chat,
         raise UserError(f'row {row["id"]}: plain text asks nothing. Evaluate it with the task perplexity.')
     return dict(messages=row['messages'][:-1], answer=row['messages'][-1]['content'])
 
+# %% ../nbs/16_datasets.ipynb #92f54d08
 @patch(cls_method=True)
 def example(cls:chat,
             row):    # As `load` gives it

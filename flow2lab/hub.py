@@ -18,8 +18,9 @@ def hub_offline():
     "Is HF_HUB_OFFLINE set?"
     return os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on')
 
+# %% ../nbs/06_hub.ipynb #f13dd4cf
 def hub_url():
-    "The hub's address, a mirror's if HF_ENDPOINT names one"
+    "The hub's address, or what HF_ENDPOINT names"
     return os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
 
 # %% ../nbs/06_hub.ipynb #a3790eb1
@@ -46,7 +47,7 @@ def hub_reachable():
 
 # %% ../nbs/06_hub.ipynb #0fda83c5
 def check_hub(what):  # What is wanted, as in 'dataset openai/gsm8k'
-    "Raise `UserError` with the reason unless the hub answers, or HF_HUB_OFFLINE lets the client use its cache"
+    "Raise `UserError` with the reason unless the hub answers or HF_HUB_OFFLINE is set"
     why = '' if hub_offline() else hub_problem()
     if why: raise UserError(f'{what}: the hub at {hub_url()} cannot be reached ({why}). '
                             f'Give path= (on the command line --data) a local copy, '
@@ -57,7 +58,7 @@ def hub_rows(repo,            # Data set on the hub, owner/name, or a local fold
              config=None,     # Its configuration, None for the default
              split='test',    # One of its splits
              revision='main'): # Branch, tag or commit; without meaning for a folder
-    "Yield the rows, streamed; `UserError` when the hub, the repository, the configuration or the split is missing"
+    "Yield the rows, streamed; `UserError` when hub, repository, configuration or split is missing"
     local = Path(repo).is_dir()
     if not local: check_hub(f'dataset {repo}')
     import datasets
@@ -65,6 +66,6 @@ def hub_rows(repo,            # Data set on the hub, owner/name, or a local fold
         yield from datasets.load_dataset(str(repo), config, split=split, revision=None if local else revision,
                                          streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        of_revision = '' if local else f', revision {revision}'
-        raise UserError(f'dataset {repo} ({config or "default"}, {split}{of_revision}): {str(e).splitlines()[0]}. '
+        where = ', '.join([config or 'default', split] + [f'revision {revision}']*(not local))
+        raise UserError(f'dataset {repo} ({where}): {str(e).splitlines()[0]}. '
                         'Correct hub= or revision=, or give path= (--data) a local copy.') from e

@@ -10,7 +10,6 @@ __all__ = ['LIMITS', 'count_rows', 'files_in', 'data_sets', 'adapter_info', 'too
 # %% ../nbs/59_inventory.ipynb #f29af4bd
 import json, os
 from collections import Counter
-from pathlib import Path
 from .values import UserError
 from .files import project_path, relative, setting
 from .containers import container, is_gzip, numbered_lines, suffix_of, SUFFIXES
@@ -34,13 +33,14 @@ def files_in(folder):
     "All files in `folder` and below, sorted; links are left out"
     return [f for f in sorted(folder.rglob('*')) if f.is_file() and not f.is_symlink()]
 
+# %% ../nbs/59_inventory.ipynb #235ebe9a
 def data_sets():
     "[dict(name, rows, bytes)] of the data folders' files; `UserError` for a folder that is not there"
     folders = [project_path(d) for d in setting('data').split(os.pathsep) if d]
     for d in folders:
         if not d.is_dir():
-            raise UserError(f'{d}: no such folder. FLOW2LAB_DATA, or data in settings.ini, names it: correct that, '
-                            'or make the folder.')
+            raise UserError(f'{d}: no such folder. FLOW2LAB_DATA, or data in settings.ini, names it: '
+                            'correct that, or make the folder.')
     suffixes = SUFFIXES.keys() - {'.md'}
     found = [f for d in folders for f in files_in(d) if suffix_of(f) in suffixes]
     return [dict(name=relative(f), rows=count_rows(f), bytes=f.stat().st_size) for f in found]
@@ -60,20 +60,21 @@ def too_big(kind,  # One of LIMITS
             sized): # (name, bytes) pairs
     "A sentence for each that is over the limit of its kind"
     limit = LIMITS[kind]
-    return [f'{name}: {human_bytes(n)}, over the {human_bytes(limit)} of one {kind}' for name,n in sized if n>limit]
+    return [f'{name}: {human_bytes(n)}, over the {human_bytes(limit)} of one {kind}'
+            for name,n in sized if n>limit]
 
 # %% ../nbs/59_inventory.ipynb #a375b3e2
 def inventory():
-    "dict(datasets, results, adapters, over): what there is, the bytes of each, and what is over its size limit"
+    "dict(datasets, results, adapters, over): what there is, its bytes, and what is over its size limit"
     data = data_sets()
     results, outputs = [files_in(project_path(setting(k))) for k in ('results', 'outputs')]
     adapters = [adapter_info(f.parent) for f in results+outputs if f.name=='adapter_config.json']
     studies = Counter(f.parent.parent.name for f in results if f.name=='metrics.json')
     def total(k): return sum(d[k] or 0 for d in data)
+    jsons = [(relative(f), f.stat().st_size) for f in results if f.suffix=='.json']
+    over = (too_big('dataset', [(d['name'], d['bytes']) for d in data]) + too_big('result', jsons)
+            + too_big('adapter', [(a['path'], a['bytes']) for a in adapters]))
     return dict(datasets=dict(count=len(data), rows=total('rows'), bytes=total('bytes'), files=data),
                 results=dict(runs=studies.total(), studies=dict(studies),
                              bytes=sum(f.stat().st_size for f in results)),
-                adapters=adapters,
-                over=too_big('dataset', [(d['name'], d['bytes']) for d in data])
-                   + too_big('result', [(relative(f), f.stat().st_size) for f in results if f.suffix=='.json'])
-                   + too_big('adapter', [(a['path'], a['bytes']) for a in adapters]))
+                adapters=adapters, over=over)

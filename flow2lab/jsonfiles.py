@@ -37,7 +37,8 @@ _expected = {"Expecting ',' delimiter": 'missing "," or a quote that is not esca
 def json_cause(e):  # A `JSONDecodeError`
     "What is probably wrong, and what to type"
     text, rest = e.doc, e.doc[e.pos:].lstrip()
-    if text.strip() in ('[', '{'): return 'one row must stand on one line; name a file that holds one list .json'
+    if text.strip() in ('[', '{'):
+        return 'one row must stand on one line; name a file that holds one list .json'
     hint = next((hint for begin,hint in _hints.items() if e.msg.startswith(begin)), None)
     if hint: return hint
     if not rest: return f'missing "{closers(text)}"'
@@ -58,6 +59,7 @@ def json_depth(value):  # Of JSON
         n += 1
     return n
 
+# %% ../nbs/08_jsonfiles.ipynb #14b6fefe
 def check_json(value,  # What JSON text says
                text):  # That text
     "`value`, if it can be written again as UTF-8 and is not nested too deeply; else `RowError`"
@@ -76,7 +78,8 @@ _decoder = json.JSONDecoder(parse_constant=_constant)
 def parse_json(text):  # One JSON value
     "The value of JSON `text`; a `RowError` names the column and the likely cause"
     try: return check_json(_decoder.decode(text), text)
-    except json.JSONDecodeError as e: raise RowError(f'invalid JSON at column {e.colno} ({json_cause(e)})') from None
+    except json.JSONDecodeError as e:
+        raise RowError(f'invalid JSON at column {e.colno} ({json_cause(e)})') from None
     except RecursionError: raise RowError(f'nested more than {MAX_DEPTH} deep') from None
     except ValueError: raise RowError('a number with too many digits') from None
 
@@ -84,11 +87,12 @@ def parse_json(text):  # One JSON value
 _types = {dict: 'an object', list: 'a list', str: 'a string', int: 'a number', float: 'a number',
           bool: 'true or false', type(None): 'null'}
 
-def json_type(value):
+def json_type(value):  # Of JSON
     "What JSON calls the type of `value`, with its article"
     return _types.get(type(value), type(value).__name__)
 
-def check_object(value):
+# %% ../nbs/08_jsonfiles.ipynb #5d0825a5
+def check_object(value):  # Of JSON
     "`value`, if it is an object; else `RowError`"
     if not isinstance(value, dict): raise RowError(f'a row is an object {{...}}, this is {json_type(value)}')
     return value
@@ -143,8 +147,9 @@ def rows_of_columns(columns):  # {name: list, or object by index}
 
 # %% ../nbs/08_jsonfiles.ipynb #1acdcd46
 def rows_of_object(value):  # A JSON object
-    "Its rows: itself if it has a shape, else its only list if that holds objects, else its columns, else itself"
-    if any(isinstance(attempt(f, dict(value)), dict) for f in shape.load().values()): return [value]
+    "Its rows: itself if it has a shape, else its only list of objects, else its columns, else itself"
+    has_shape = any(isinstance(attempt(f, dict(value)), dict) for f in shape.load().values())
+    if has_shape: return [value]
     lists = [v for v in value.values() if isinstance(v, list)]
     if len(lists)==1 and lists[0] and all(isinstance(r, dict) for r in lists[0]): return lists[0]
     return rows_of_columns(value) or [value]
@@ -153,8 +158,11 @@ def rows_of_object(value):  # A JSON object
 def json_values(text):  # Of a JSON file
     "Yield (line, value or RowError) of its rows, by number if it is no list"
     if text.lstrip()[:1]=='[': yield from elements(text)
-    elif text.strip(): yield from enumerate(rows_of_object(check_object(check_json(_decoder.decode(text), text))), 1)
+    elif text.strip():
+        value = check_json(_decoder.decode(text), text)
+        yield from enumerate(rows_of_object(check_object(value)), 1)
 
+# %% ../nbs/08_jsonfiles.ipynb #6af4b007
 def _is_jsonl(text):
     "Is there more than one line, and the first of them an object?"
     first, *rest = text.strip().split('\n', 1)
@@ -168,7 +176,9 @@ def read_json(p):  # File
         for n,v in json_values(text): yield n, v if isinstance(v, RowError) else attempt(check_object, v)
     except json.JSONDecodeError as e:
         if _is_jsonl(text): yield from read_jsonl(p)
-        else: raise file_error(p, f'invalid JSON at column {e.colno} ({json_cause(e)})', line=f':{e.lineno}') from None
+        else:
+            why = f'invalid JSON at column {e.colno} ({json_cause(e)})'
+            raise file_error(p, why, line=f':{e.lineno}') from None
     except RowError as e: raise file_error(p, e) from None
     except (RecursionError, ValueError):
         raise file_error(p, 'nested too deeply, or a number with too many digits') from None
@@ -179,6 +189,7 @@ def load_json(f,           # File
     "The value of a JSON file; what is wrong with it is a `UserError` with its line"
     try: return json.loads(read_text(f), object_pairs_hook=pairs)
     except json.JSONDecodeError as e:
-        raise UserError(f'{relative(f)}:{e.lineno}: invalid JSON at column {e.colno} ({e.msg}). Fix it.') from None
+        place = f'{relative(f)}:{e.lineno}'
+        raise UserError(f'{place}: invalid JSON at column {e.colno} ({e.msg}). Fix it.') from None
     except (RecursionError, ValueError) as e:
         raise UserError(f'{relative(f)}: not usable JSON ({type(e).__name__}: {e}). Fix it.') from None

@@ -21,14 +21,14 @@ from .datasets import arc, gsm8k, squad_v2
 # %% ../nbs/18_nano.ipynb #e5a151d8
 NAMES  = 'Ada Ben Cleo Dan Eva Finn Gia Hugo Ivy Jack Kira Leo Mia Noah Olga Paul Rosa Sam Tess Yuri'.split()
 
-TOWNS  = ('Athens Berlin Cairo Dublin Essen Florence Geneva Hanoi Izmir Kyoto Lima Madrid Nice Oslo Paris Quito Rome '
-          'Seoul Tunis Vienna').split()
+TOWNS  = ('Athens Berlin Cairo Dublin Essen Florence Geneva Hanoi Izmir Kyoto '
+          'Lima Madrid Nice Oslo Paris Quito Rome Seoul Tunis Vienna').split()
 
-FOODS  = ('apples beans bread cake cheese corn dates eggs figs fish grapes honey lemons nuts olives pears plums rice '
-          'soup tea').split()
+FOODS  = ('apples beans bread cake cheese corn dates eggs figs fish '
+          'grapes honey lemons nuts olives pears plums rice soup tea').split()
 
-PETS   = ('bear bird camel cat cow dog duck fox frog goat hen horse lamb mouse owl pig rabbit sheep snake '
-          'turtle').split()
+PETS   = ('bear bird camel cat cow dog duck fox frog goat '
+          'hen horse lamb mouse owl pig rabbit sheep snake turtle').split()
 
 THINGS = 'bags balls bells books boxes cards coins cups hats keys maps pens rings ropes shells stones'.split()
 
@@ -43,7 +43,8 @@ def facts(rng,    # `random.Random`
           people, # Persons
           k):     # Facts about each
     "`k` facts about each of `people` persons, shuffled: [(name, relation, value)]"
-    out = [(n, r, rng.choice(FACTS[r][2])) for n in rng.sample(NAMES, people) for r in rng.sample(list(FACTS), k)]
+    out = [(name, relation, rng.choice(FACTS[relation][2]))
+           for name in rng.sample(NAMES, people) for relation in rng.sample(list(FACTS), k)]
     rng.shuffle(out)
     return out
 
@@ -52,6 +53,7 @@ def statement(name, relation, value):
     "A fact as a sentence"
     return FACTS[relation][0].format(n=name, v=value)
 
+# %% ../nbs/18_nano.ipynb #6309a87f
 def statements(facts):  # [(name, relation, value)]
     "`facts` as sentences, one after the other"
     return ' '.join(statement(*f) for f in facts)
@@ -61,6 +63,7 @@ def question_about(name, relation):
     "The question that a fact answers"
     return FACTS[relation][1].format(n=name)
 
+# %% ../nbs/18_nano.ipynb #bed844b0
 def missing(rng,   # `random.Random`
             facts): # [(name, relation, value)]
     "A question about somebody in `facts` that they do not answer"
@@ -116,7 +119,8 @@ def math_row(rng):  # `random.Random`
     change = f'{name} gets {b} more.' if sign=='+' else f'{name} loses {b}.'
     story = f'{name} has {a} {thing}. {change} How many {thing} does {name} have?'
     bare = f'What is {a} {sign} {b}?'
-    return dict(question=story if rng.random()<.5 else bare, answer=f'{a} {sign} {b} = {result}\n#### {result}')
+    question = story if rng.random()<.5 else bare
+    return dict(question=question, answer=f'{a} {sign} {b} = {result}\n#### {result}')
 
 # %% ../nbs/18_nano.ipynb #c8e97aa6
 @task
@@ -126,7 +130,8 @@ class nano_math(Generated, gsm8k):
     make = staticmethod(math_row)
     @classmethod
     def render(cls, row):
-        return dict(messages=[dict(role='user', content=row['question'])], answer=row['answer'].split('\n')[0])
+        working = row['answer'].split('\n')[0]
+        return dict(messages=[dict(role='user', content=row['question'])], answer=working)
 
 # %% ../nbs/18_nano.ipynb #b3f3096a
 def choice_row(rng):  # `random.Random`
@@ -179,7 +184,8 @@ class nano_qa(Generated, squad_v2):
     @classmethod
     def render(cls, row):
         ask = f'{row["context"]} {row["question"]}'
-        return dict(messages=[dict(role='user', content=ask)], answer=(row['answers']['text'] or [cls.none])[0])
+        answer = (row['answers']['text'] or [cls.none])[0]
+        return dict(messages=[dict(role='user', content=ask)], answer=answer)
 
 # %% ../nbs/18_nano.ipynb #025a853a
 LENGTHS = 8, 16, 32, 64      # Sentences around the needle
@@ -188,7 +194,8 @@ def needle_row(rng,              # `random.Random`
                lengths=LENGTHS): # One of which is drawn
     "dict(context, question, code, length in sentences, depth of the needle from 0 to 1)"
     k, code = rng.choice(lengths), str(rng.randint(10, 99))
-    hay = [FACTS[r][0].format(n=rng.choice(NAMES), v=rng.choice(FACTS[r][2])) for r in rng.choices(list(FACTS), k=k)]
+    relations = rng.choices(list(FACTS), k=k)
+    hay = [statement(rng.choice(NAMES), r, rng.choice(FACTS[r][2])) for r in relations]
     at = rng.randint(0, k)
     hay.insert(at, f'The number is {code}.')
     return dict(context=' '.join(hay), question='What is the number?', code=code, length=k, depth=at/k)
@@ -202,7 +209,8 @@ class nano_needle(Generated, Task):
     make = staticmethod(needle_row)
     @classmethod
     def render(cls, row):
-        return dict(messages=[dict(role='user', content=f'{row["context"]} {row["question"]}')], answer=row['code'])
+        ask = f'{row["context"]} {row["question"]}'
+        return dict(messages=[dict(role='user', content=ask)], answer=row['code'])
     @classmethod
     def score(cls, row, prediction):
         right = float(prediction.strip().rstrip('.')==row['code'])
@@ -217,6 +225,7 @@ def sums_doc(rng, progress):
         out.append(f'{a} {sign} {b} = {result}.')
     return dict(text=' '.join(out))
 
+# %% ../nbs/18_nano.ipynb #d58bfb3f
 def order_doc(rng, progress):
     "A few rows of numbers, each with its largest, smallest, even or odd one"
     out = []
@@ -235,6 +244,7 @@ def facts_doc(rng, progress):
     if rng.random()<.4: qa.insert(rng.randint(0, len(qa)), missing(rng, known)+' unanswerable.')
     return dict(given=statements(known), text=' '+' '.join(qa))
 
+# %% ../nbs/18_nano.ipynb #efdd9eb6
 def question_doc(rng, progress):
     "A row of nano_qa, as a conversation"
     shown = nano_qa.render(dict(nano_qa.make(rng), id=''))
@@ -257,8 +267,10 @@ def tale_doc(rng, progress):
     a, b, sign, result = sum_of(rng, easy=rng.random()<.5)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     verb = 'found' if sign=='+' else 'sold'
-    return dict(text=f'{name} had {a} {thing} and {verb} {b}. Now {name} has {a} {sign} {b} = {result} {thing}.')
+    tale = f'{name} had {a} {thing} and {verb} {b}.'
+    return dict(text=f'{tale} Now {name} has {a} {sign} {b} = {result} {thing}.')
 
+# %% ../nbs/18_nano.ipynb #d6e32eb6
 def chat_tale_doc(rng, progress):
     "The same as a conversation, often with facts around it"
     tale, now = tale_doc(rng, progress)['text'].split('. ')

@@ -20,7 +20,7 @@ from .tasks import Task
 def windows(n,           # Tokens, counting the one put before the text
             window,      # Longest input in tokens
             stride=0):   # Tokens by which it moves on, 0 for half of `window`
-    "[(begin, end, first)]: feed tokens begin..end-1, score tokens first..end-1; `UserError` for an impossible stride"
+    "[(begin, end, first)]: feed tokens begin..end-1, score first..end-1; `UserError` for a wrong stride"
     stride = stride or max(1, window//2)
     if not 0<stride<window:
         raise UserError(f'stride={stride}: give 1 to {window-1} tokens, less than window={window}.')
@@ -62,7 +62,7 @@ class perplexity(Task):
     metrics = dict(bits_per_byte=dict(unit='bits/byte', direction='min'),
                    word_perplexity=dict(unit='perplexity', direction='min'),
                    token_perplexity=dict(unit='perplexity', direction='min'))
-    options = dict(subset='wikitext-2-raw-v1', chars=0, window=0, stride=0)     # window 0: the model's context
+    options = dict(subset='wikitext-2-raw-v1', chars=0, window=0, stride=0)   # window 0: the model's context
     form = 'a text file, or {"text": ...} rows'
     hub, words = 'Salesforce/wikitext', ('wikitext', 'wikitext2', 'wikitext103', 'wiki')
     splits = dict(Task.splits, test=('test', 'heldout'))
@@ -70,7 +70,8 @@ class perplexity(Task):
     @classmethod
     def config(cls, subset='', **options): return subset
     @classmethod
-    def render(cls, row): return dict(messages=[], answer='', **{k: row[k] for k in ('text', 'window', 'stride')})
+    def render(cls, row):
+        return dict(messages=[], answer='', text=row['text'], window=row['window'], stride=row['stride'])
     @classmethod
     def example(cls, row): return dict(id=row['id'], text=row['text'])
     @classmethod
@@ -119,6 +120,7 @@ def aggregate(cls:perplexity,
     return dict(bits_per_byte=nll/math.log(2)/n_bytes, word_perplexity=exp(nll/words),
                 token_perplexity=exp(nll/tokens))
 
+# %% ../nbs/15_perplexity.ipynb #f9959207
 @patch(cls_method=True)
 def score(cls:perplexity,
           row,          # A document

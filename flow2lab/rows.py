@@ -53,6 +53,7 @@ def bad_rows_error(p,    # File
     mend = 'Fix it, or use --skip-bad of data convert or corpus' if bad<rows else 'Fix it'
     return file_error(p, f'{str(why).rstrip(".")}. {count}', mend, f':{line}')
 
+# %% ../nbs/10_rows.ipynb #d3cba7f9
 def empty_error(p):  # File
     "The `UserError` for a file without rows, to be raised"
     return file_error(p, 'empty, no rows', 'Give it at least one row')
@@ -61,7 +62,7 @@ def empty_error(p):  # File
 def good_rows(p,              # File, for the messages
               stream,         # (line, row or RowError) pairs
               skip_bad=False): # Go on without broken rows
-    "Yield (line, row) of the good rows; `UserError` at the end if some are bad and not skipped, or none is good"
+    "Yield (line, row) of the good rows; `UserError` at the end for bad ones, unless skipped, or no good one"
     rows, bad, first = 0, 0, None
     for n,row in stream:
         rows += 1

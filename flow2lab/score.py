@@ -22,6 +22,7 @@ from .answers import squad_normalize
 class Pairs(list):
     "A JSON object as (key, value) pairs"
 
+# %% ../nbs/58_score.ipynb #c3ff7061
 def place_of(f,    # A JSON file
              key,  # Of its object
              k=0): # Which one, when it comes several times
@@ -65,7 +66,8 @@ def read_predictions(path):  # File, or its name in one of the folders of the se
     out = []
     for place, id, value in found_predictions(f):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise UserError(f'{place or place_of(f, id)}: the prediction is not a text but {json.dumps(value)[:40]}. '
+            place = place or place_of(f, id)
+            raise UserError(f'{place}: the prediction is not a text but {json.dumps(value)[:40]}. '
                             f'Write "" for no answer.')
         out.append((place, None if id is None else str(id), str(value)))
     return f, out
@@ -82,7 +84,8 @@ def predictions_by_id(f,     # File of the predictions, for messages
     "The texts in the order of `rows`; `UserError` for an id that is missing, unknown or given twice"
     first, known = {}, {r['id'] for r in rows}
     for place, id, text in found:
-        if id is None: raise UserError(f'{place}: no "id", but other rows have one. Give it to all rows, or to none.')
+        if id is None:
+            raise UserError(f'{place}: no "id", but other rows have one. Give it to all rows, or to none.')
         if id in first:
             raise UserError(f'{place or place_of(f, id, 1)}: a second prediction for id "{id}"; '
                             f'the first is at {first[id][0] or place_of(f, id)}. Take one out.')
@@ -93,8 +96,8 @@ def predictions_by_id(f,     # File of the predictions, for messages
     missing = [r['id'] for r in rows if r['id'] not in first]
     if missing:
         some = ', '.join(missing[:5]) + (', ...' if len(missing)>5 else '')
-        raise UserError(f'{relative(f)}: no prediction for {len(missing)} of the {len(rows)} ids in {gold}: {some}. '
-                        f'Add them, with "" for no answer.')
+        raise UserError(f'{relative(f)}: no prediction for {len(missing)} of the {len(rows)} ids in {gold}: '
+                        f'{some}. Add them, with "" for no answer.')
     return [first[r['id']][1] for r in rows]
 
 # %% ../nbs/58_score.ipynb #a6343d5d
@@ -119,7 +122,7 @@ def _warn_of_words(f, texts, none):
 def score_file(task_name,     # squad_v2, gsm8k, arc, ...
                predictions,   # JSON object id -> text, or JSONL rows with `prediction`
                gold):         # The dataset's official file
-    "The metrics of predictions made elsewhere, as the official script names them; `UserError` for a spoiled file"
+    "The metrics of predictions made elsewhere, as the official script names them; `UserError` for bad files"
     t = task[task_name]
     if t.kind=='loglikelihood':
         raise UserError(f'{task_name}: nothing to predict in it. Measure a model on it with eval.')

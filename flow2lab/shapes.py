@@ -7,7 +7,7 @@ Docs: https://flow2lab.github.io/flow2lab/shapes.html.md"""
 # %% auto #0
 __all__ = ['ROLES', 'HEADINGS', 'BENCHMARKS', 'CANONICAL', 'text_of', 'has', 'with_system', 'pair', 'content_of',
            'canonical_message', 'messages_of', 'instruction_of', 'turns_of', 'preference', 'dialogue', 'kto', 'chat',
-           'sharegpt', 'alpaca', 'earlier_turns', 'dolly', 'gsm8k', 'prompt_response', 'prompt_completion',
+           'sharegpt', 'earlier_turns', 'alpaca', 'dolly', 'gsm8k', 'prompt_response', 'prompt_completion',
            'input_output', 'openmath', 'metamath', 'marked', 'text', 'shape_of', 'fields_of', 'nearly_right',
            'one_missing', 'detect', 'Misfit', 'canonical', 'Shaped', 'read_rows']
 
@@ -32,6 +32,7 @@ def has(row, *names):
     "Has `row` all of the fields `names`?"
     return all(n in row for n in names)
 
+# %% ../nbs/11_shapes.ipynb #ab76b042
 def with_system(row,       # From which a field `system` is popped
                 messages): # Canonical messages
     "`messages` behind the row's own field `system`, unless it is missing, empty, or one stands there already"
@@ -43,7 +44,7 @@ def with_system(row,       # From which a field `system` is popped
 def pair(row, # From which the fields are popped
          q,   # Name of the field with the user's text
          a):  # Name of the field with the assistant's
-    "dict(messages) of two fields and the row's `system`; None if a field is missing, `RowError` for an empty one"
+    "dict(messages) of two fields and the row's `system`; None if one is missing, `RowError` if one is empty"
     if not has(row, q, a): return
     asked    = dict(role='user', content=text_of(row.pop(q), f'question (field "{q}")'))
     answered = dict(role='assistant', content=text_of(row.pop(a), f'answer (field "{a}")'))
@@ -66,14 +67,15 @@ ROLES = dict(system='system', developer='system', user='user', human='user',
 def canonical_message(m,     # {role, content} or {from, value}
                       i,     # Its number in the list, from 1
                       name): # Of the list, for the complaint
-    "dict(role, content) of one message; `RowError` for a role that we do not know, or content that is no text"
+    "dict(role, content) of one message; `RowError` for an unknown role, or content that is no text"
     if not isinstance(m, dict): raise RowError(f'message {i} in {name} is {json_type(m)}, not an object')
     who = m.get('role', m.get('from'))
     role = ROLES.get(str(who).lower())
     if role is None:
         raise RowError(f'message {i} in {name} has the role {json.dumps(who)}. Known: {", ".join(ROLES)}')
     what = {'assistant': 'answer', 'user': 'question'}.get(role, role)
-    return dict(role=role, content=content_of(m.get('content', m.get('value')), f'{what} (message {i} in {name})'))
+    content = content_of(m.get('content', m.get('value')), f'{what} (message {i} in {name})')
+    return dict(role=role, content=content)
 
 # %% ../nbs/11_shapes.ipynb #14325908
 def messages_of(value,            # Of a field
@@ -92,6 +94,7 @@ def instruction_of(row,             # From which the fields are popped
     if not isinstance(extra, str) or not extra.strip(): return instruction
     return f'{text_of(instruction, "question")}\n\n{extra}'
 
+# %% ../nbs/11_shapes.ipynb #cb1f8a65
 def turns_of(value, # Text, one message, or a list of them
              name,  # Of the field, for the complaint
              role): # Of a plain text
@@ -121,15 +124,16 @@ def preference(r):
     if good[-1]['content']==poor[-1]['content']: raise RowError('chosen and rejected are the same')
     return dict(prompt=before, chosen=good[-1]['content'], rejected=poor[-1]['content'])
 
-# %% ../nbs/11_shapes.ipynb #f58a7e4c
+# %% ../nbs/11_shapes.ipynb #39c408a7
 def dialogue(row,   # From which the field is popped
              name): # Of the field with messages
     "dict(messages), behind the row's own `system`"
     return dict(messages=with_system(row, messages_of(row.pop(name), name)))
 
+# %% ../nbs/11_shapes.ipynb #36dc170a
 @shape
 def kto(r):
-    "messages (or prompt and completion), label: a conversation and whether its answer is good; `label` is kept"
+    "messages (or prompt and completion), label: a conversation, and whether its answer is good (kept)"
     if not isinstance(r.get('label'), bool): return
     return dialogue(r, 'messages') if 'messages' in r else prompt_completion(r)
 
@@ -146,6 +150,14 @@ def sharegpt(r):
     if 'conversations' in r: return dialogue(r, 'conversations')
 
 # %% ../nbs/11_shapes.ipynb #39ded211
+def earlier_turns(history):  # A list of [question, answer]
+    "Their messages; `RowError` for another form"
+    if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn)!=2 for turn in history):
+        raise RowError('history is not a list of pairs')
+    pairs = [pair(dict(question=q, answer=a), 'question', 'answer') for q,a in history]
+    return [m for p in pairs for m in p['messages']]
+
+# %% ../nbs/11_shapes.ipynb #b007c719
 @shape
 def alpaca(r):
     "instruction, output (and input, system, history): the form of Alpaca"
@@ -154,13 +166,6 @@ def alpaca(r):
     r['instruction'] = instruction_of(r)
     messages = pair(r, 'instruction', 'output')['messages']
     return dict(messages=messages[:-2] + before + messages[-2:])
-
-def earlier_turns(history):  # A list of [question, answer]
-    "Their messages; `RowError` for another form"
-    if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn)!=2 for turn in history):
-        raise RowError('history is not a list of pairs')
-    pairs = [pair(dict(question=q, answer=a), 'question', 'answer') for q,a in history]
-    return [m for p in pairs for m in p['messages']]
 
 # %% ../nbs/11_shapes.ipynb #c95c12f5
 @shape
@@ -251,8 +256,9 @@ def fields_of(name):  # Of a shape
     "The fields of a shape that must be there, from its docstring"
     return re.sub(r' \(.*?\)', '', shape.doc(name).split(':')[0])
 
+# %% ../nbs/11_shapes.ipynb #f5dc149f
 def nearly_right(names):  # Fields of a row
-    "A guess, such as 'Did you mean \"output\" by \"outputs\"? ', at the first of `names` that is nearly right, or ''"
+    "A guess at the first of `names` that is nearly the field of a shape, as a sentence; '' if none is"
     known = {word for shape_name in shape for word in re.findall(r'\w{4,}', fields_of(shape_name))}
     for name in names:
         close = difflib.get_close_matches(name.lower(), known, 1, 0.8)
@@ -278,7 +284,9 @@ def detect(row):  # A dict
     name = shape_of(row)
     if name: return name
     task = next((t for fields,t in BENCHMARKS.items() if has(row, *fields)), None)
-    if task: raise RowError(f'the form of a benchmark, not a row to train on. Use the task {task} with this path')
+    if task:
+        raise RowError(f'the form of a benchmark, not a row to train on. '
+                       f'Use the task {task} with this path')
     lost = one_missing(row)
     if lost: raise RowError(lost)
     names = [str(k)[:30] for k in row]
@@ -292,6 +300,7 @@ CANONICAL = 'messages', 'text', 'prompt', 'chosen', 'rejected'
 class Misfit(RowError):
     "The row is of another shape than the one expected"
 
+# %% ../nbs/11_shapes.ipynb #342fbf92
 def canonical(row,         # A dict
               shape=None): # Name of its shape, if it should not be detected
     "`row` in canonical form, with the fields its shape did not use beside it; `RowError` if that cannot be"
@@ -306,7 +315,7 @@ _shapes = shape       # `canonical` has a parameter of that name
 
 # %% ../nbs/11_shapes.ipynb #43cb0ac1
 class Shaped:
-    "Iterate over (line, canonical row or `RowError`) of a stream; `shape` is that of the first row that has one"
+    "Iterate over (line, canonical row or `RowError`) of a stream; `shape` is that of its first good row"
     def __init__(self,
                  stream,      # (line, dict or RowError) pairs
                  shape=None): # Name of the shape, if it should not be detected
@@ -322,7 +331,7 @@ class Shaped:
 def convert(self:Shaped,
             n,    # Line of the row
             row): # As it stands there
-    "`row` in canonical form; `RowError` if it is spoiled, of another shape than the first, or its id came before"
+    "`row` in canonical form; `RowError` if it is spoiled, of another shape, or its id came before"
     if not self.shape: self.shape, self.since = detect(row), n
     try: return self.check_id(canonical(row, self.shape))
     except Misfit:
@@ -346,6 +355,6 @@ def check_id(self:Shaped,
 def read_rows(path,            # File, or its name in one of the folders of the setting `data`
               shape=None,      # Name of the shape, if it should not be detected
               skip_bad=False): # Go on without broken rows
-    "Yield the rows of any file we can read in canonical form, one at a time; `UserError` as of `rows.good_rows`"
+    "Yield the rows of any file we can read in canonical form, one at a time; `UserError` for broken rows"
     p = data_file(path)
     return (row for _,row in good_rows(p, Shaped(scan_rows(p), shape), skip_bad))

@@ -10,7 +10,8 @@ __all__ = ['csv_row', 'csv_header', 'read_csv', 'plain_value', 'read_parquet']
 # %% ../nbs/09_tables.ipynb #417fcd7f
 import codecs, contextlib, csv, gzip, itertools, math, shutil, tempfile
 from . import containers
-from .containers import attempt, decode, file_error, is_gzip, numbered_lines, reader, RowError, unpacking
+from .containers import (
+    attempt, decode, file_error, is_gzip, numbered_lines, reader, RowError, unpacking)
 from .jsonfiles import parse_json
 
 # %% ../nbs/09_tables.ipynb #16821870
@@ -18,9 +19,10 @@ _nested = 'messages', 'conversations', 'chosen', 'rejected', 'prompt'
 
 def csv_row(header,  # Names of the columns
             fields): # Of one record
-    "A dict of one CSV record; `RowError` for another number of fields, or what is not UTF-8 or not sound JSON"
+    "A dict of one CSV record; `RowError` for another number of fields, bad UTF-8 or bad JSON"
     if len(fields)!=len(header):
-        raise RowError(f'{len(fields)} fields where the header has {len(header)}. Quote fields that hold a comma')
+        raise RowError(f'{len(fields)} fields where the header has {len(header)}. '
+                       f'Quote fields that hold a comma')
     decode(','.join(fields).encode('utf-8', 'surrogateescape'))
     row = dict(zip(header, fields))
     for k in _nested:

@@ -9,7 +9,6 @@ __all__ = ['FRACTION', 'COUNT', 'DATA_SUFFIXES', 'Task', 'data_files', 'words_of
 
 # %% ../nbs/13_tasks.ipynb #eaf08a94
 import hashlib, itertools, re
-from pathlib import Path
 from fastcore.basics import patch
 from .values import check_names, UserError
 from .files import find_data, fingerprint as file_fingerprint, hash_of, relative
@@ -34,15 +33,24 @@ class Task:
     version = 1                 # Of rendering and scoring: part of the fingerprint
 
     @classmethod
-    def config(cls, **options): "Name of the hub's configuration, from the options; None for its default"
+    def config(cls, **options):
+        "Name of the hub's configuration, from the options; None for its default"
     @classmethod
-    def parse(cls, raw, **options): "A row of ours from a `raw` one; None leaves it out"; return raw
+    def parse(cls, raw, **options):
+        "A row of ours from a `raw` one; None leaves it out"
+        return raw
     @classmethod
-    def render(cls, row): "dict(messages, answer) of `row`, and for a choice choices and gold"; raise NotImplementedError
+    def render(cls, row):
+        "dict(messages, answer) of `row`, and for a choice also choices and gold"
+        raise NotImplementedError
     @classmethod
-    def score(cls, row, prediction): "Floats for one item, `prediction` a text or an index"; raise NotImplementedError
+    def score(cls, row, prediction):
+        "Floats for one item; `prediction` is a text or the index of a choice"
+        raise NotImplementedError
     @classmethod
-    def primary(cls): "Name of the first metric"; return next(iter(cls.metrics))
+    def primary(cls):
+        "Name of the first metric"
+        return next(iter(cls.metrics))
 
 # %% ../nbs/13_tasks.ipynb #8e77276f
 FRACTION = dict(unit='fraction', direction='max')
@@ -85,6 +93,7 @@ def data_files(folder):  # Folder to look in
     found = [f for f in sorted(folder.rglob('*')) if f.is_file() and f.name[0]!='.']
     return [f.relative_to(folder) for f in found if suffix_of(f) in DATA_SUFFIXES]
 
+# %% ../nbs/13_tasks.ipynb #5f8d80ab
 def words_of(path):  # A path or a name
     "The words in `path`, in lower case: what stands between anything but letters and digits"
     return set(re.split('[^a-z0-9]+', str(path).lower()))
@@ -127,7 +136,7 @@ def files(cls:Task,
 def sample(rows,    # Dicts with an `id`
            n=0,     # Rows to draw, 0 for all
            seed=0): # Another seed, another sample
-    "`n` of `rows` without replacement, in their old order, chosen by a hash of seed and id; `UserError` for n < 0"
+    "`n` of `rows` in their old order, chosen by a hash of seed and id; `UserError` for n < 0"
     if n<0: raise UserError(f'n={n}: give a number of rows, or 0 for all of them.')
     if not n or n>=len(rows): return list(rows)
     def rank(i): return hashlib.blake2b(f'{seed}:{rows[i]["id"]}'.encode(), digest_size=8).digest()
@@ -173,7 +182,7 @@ def rows(cls:Task,
          split,       # Some tasks treat a training split otherwise; here it does not matter
          source,      # (place, raw row) pairs, see `source`
          **options):  # The task's own
-    "All rows of `source`, parsed, each with an `id` of its own; `UserError` for a spoiled row or a repeated id"
+    "All rows of `source`, parsed, each with its own `id`; `UserError` for a spoiled row or a repeated id"
     out, places = [], {}
     for i,(place, raw) in enumerate(source):
         row = cls.parse_at(place, raw, **options)
@@ -258,7 +267,7 @@ def with_shots(cls:Task,
                pool,     # Rows to take shots from
                shots,    # How many
                seed=0):  # Of the draw
-    "`rows`, each with the same `shots` rows of `pool`, none of which is asked; `UserError` when there are too few"
+    "`rows`, each with the same `shots` rows of `pool`, none of which is asked; `UserError` for too few"
     asked = {normalize(cls.text(r)) for r in rows}
     few = sample([r for r in pool if normalize(cls.text(r)) not in asked], shots, seed)
     if len(few)<shots:
