@@ -10,7 +10,7 @@ needs_data = pytest.mark.skipif(not stories.exists(), reason='no shared/data bes
 @needs_data
 def test_stories_to_the_letter():
     "The reference program's 200 greedy tokens, by a fresh process"
-    code = ('import sys; from flow2lab.evaluate import hf; '
+    code = ('import sys; from flow2lab.hf import hf; '
             'sys.stdout.write(hf.load(sys.argv[1]).generate([""], max_new_tokens=200)[0].text)')
     r = subprocess.run([sys.executable, '-c', code, str(stories/'hf')], capture_output=True, text=True)
     assert r.stdout == (stories/'expected_greedy.txt').read_text(), r.stderr[-500:]
@@ -35,10 +35,11 @@ def test_company_changes_nothing():
 def test_perplexity_is_the_models_own_loss():
     "In one window, and summed by hand over windows that overlap"
     import torch
-    from flow2lab.hf import encode, hf
+    from flow2lab.hf import hf
     from flow2lab.evaluate import perplexity
+    from flow2lab.prompts import text_ids
     be = hf.load(stories/'hf'); text = (data/'tinyshakespeare/input.txt').read_text()[:600]
-    ids = torch.tensor([encode(be.tok, text)])
+    ids = torch.tensor([text_ids(be.tok, text)])
     with torch.no_grad(): loss = be.model(ids, labels=ids).loss.item()
     assert math.log(perplexity(be, text, window=512)['perplexity']) == pytest.approx(loss, abs=1e-5)
 
@@ -76,9 +77,9 @@ def test_smollm2_answers(smol):
 def test_smollm2_perplexity(smol):
     "512 tokens of WikiText-2 against transformers' own loss on the same tokens"
     import torch
-    from flow2lab.hf import encode
+    from flow2lab.prompts import text_ids
     text = (data/'wikitext2/valid.txt').read_text()[:6000]
-    ids = encode(smol.tok, text)[:512]
+    ids = text_ids(smol.tok, text)[:512]
     with torch.no_grad(): loss = smol.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
     s = smol.loglikelihood([(ids[:1], [ids[1:]])])[0][0]
     assert -s.logprob/s.tokens == pytest.approx(loss, abs=1e-5) and s.tokens==511
