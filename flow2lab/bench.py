@@ -14,7 +14,7 @@ import numpy as np
 from .values import UserError
 from .spec import base_folder, BENCH
 from .load import load_model, load_tokenizer
-from .costs import PeakMemory
+from .measure import PeakMemory
 from .quantize import size_in_memory, size_on_disk
 from .runs import model_folder, open_model
 from .hf import hf

@@ -194,7 +194,7 @@ def evaluate(model,               # A transformers model, or a backend that is r
              **kw):               # To the backend
     "An `Evaluation`: each item's answer, each task's metrics, and the time and peak memory of it all"
     import pandas as pd
-    from flow2lab.costs import PeakMemory
+    from flow2lab.measure import PeakMemory
     be = model if hasattr(model, 'loglikelihood') else Axis.all['backend'][backend](model, tok, **kw)
     items, metrics, start = [], {}, time.perf_counter()
     with PeakMemory() as memory:

@@ -28,7 +28,9 @@ from .curve import Curve
 from .steps import plan_steps, row_sizes
 from .layers import eval_mode, unwrap
 from .load import precision_of
-from .costs import matmul_peak, PeakMemory, training_flops
+from .costs import training_flops
+from .measure import matmul_peak
+from .measure import PeakMemory
 from .fast import fast_parts, label_loss
 from .methods import schedule_of
 from .encode import encode, max_length
