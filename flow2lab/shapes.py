@@ -248,8 +248,8 @@ def text(r):
 # %% ../nbs/11_shapes.ipynb #8624a62f
 def shape_of(row):  # A dict
     "The name of the row's shape, None if it has none that we know"
-    for name,f in shape.items():
-        if attempt(f, dict(row)) is not None: return name
+    def first(entries): return next((name for name,f in entries if attempt(f, dict(row)) is not None), None)
+    return first(shape.entries.items()) or first(shape.items())      # the second one also asks plugins
 
 # %% ../nbs/11_shapes.ipynb #8681483d
 def fields_of(name):  # Of a shape
