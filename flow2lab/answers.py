@@ -1,4 +1,4 @@
-"""Half of what a benchmark measures is whether the answer was *found* in what the model wrote: the rules for finding it are all here.
+"""Where is the answer in what a model wrote? Half of what a benchmark measures is whether it was *found*, and the rules for that are all here.
 
 Docs: https://flow2lab.github.io/flow2lab/answers.html.md"""
 
