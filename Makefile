@@ -7,6 +7,9 @@ PIP_FLAGS ?=
 # What `make lab` runs: nano (the shipped model, no network), small or full
 SCALE     ?= nano
 JOBS      ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# Random calls of `make sanitize`, and the seed of the first
+CALLS     ?= 2000
+SEED      ?= 0
 # Passed on to pytest, e.g. make test ARGS='-k 00_core'
 ARGS      ?=
 
@@ -14,7 +17,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv lab test docs bench readme outputs studies clean-notebooks
+.PHONY: help .venv lab test sanitize docs bench readme outputs studies clean-notebooks
 
 help:                ## List the targets
 	@awk -F ':.*## ' '/^[a-z.][a-z-]*:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -46,6 +49,9 @@ lab: .venv/.done $(if $(filter small,$(SCALE)),.venv/.small)  ## Run the default
 # Two workers, one thread each: notebooks and tests share two cores without slowing each other down.
 test: .venv/.done    ## Check and run every notebook, then the tests; ends with one line of counts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+sanitize: .venv/.done  ## Call the compiled kernels under gcc's sanitizers; CALLS=5000 SEED=1 for others
+	$(BIN)/python -m flow2lab.sanitize --calls $(CALLS) --seed $(SEED)
 
 docs: .venv/.done    ## Render the site into _site
 	$(BIN)/python -m flow2lab.site docs
