@@ -44,7 +44,8 @@ if seed==9 and not project_path('calm').exists(): os.kill(os.getpid(), signal.SI
 name, _, id = os.path.basename(folder).rpartition('--')
 record = dict(id=id, name=name, status='nan' if seed==8 else 'ok', metrics={})
 with atomic_dir(folder) as d:
-    for file, o in dict(spec=dict(spec, id=id), metrics=record).items(): (d/f'{file}.json').write_text(json.dumps(o))'''
+    (d/'spec.json').write_text(json.dumps(dict(spec, id=id)))
+    (d/'metrics.json').write_text(json.dumps(record))'''
     return write_notebook(path, PARAMETERS, begin, fail, record)
 
 # %% ../nbs/73_attempt.ipynb #6c861ade
@@ -58,7 +59,9 @@ class RunResult:
     folder:Path         # Of the record
     seconds:float=0.    # That the run took in this sweep; 0 if its record was there
     message:str=''      # Why it is not ok
-    def __repr__(self): return f'{self.spec.name}: {self.status}' + (f' ({self.message})' if self.message else '')
+    def __repr__(self):
+        why = f' ({self.message})' if self.message else ''
+        return f'{self.spec.name}: {self.status}{why}'
 
 # %% ../nbs/73_attempt.ipynb #6c5cc7a9
 def record_of(folder):   # Of a run
@@ -67,6 +70,7 @@ def record_of(folder):   # Of a run
     except ValueError: return None
     return record if record['id']==folder.name.rpartition('--')[2] else None
 
+# %% ../nbs/73_attempt.ipynb #b450e073
 def status_of(folder):   # Of a run
     "The status in its record, None without one"
     return (record_of(folder) or {}).get('status')
@@ -167,7 +171,8 @@ def attempt(spec,       # What to run
         why = record_of(new).get('message') or (why if error else '')
         publish(work, new)
     shutil.rmtree(work, ignore_errors=True)
-    return RunResult(spec, status, final, time.monotonic()-start, why), status not in DONE and error not in _final
+    result = RunResult(spec, status, final, time.monotonic()-start, why)
+    return result, status not in DONE and error not in _final
 
 # %% ../nbs/73_attempt.ipynb #cf030e00
 def run_one(spec,          # What to run

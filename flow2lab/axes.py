@@ -6,7 +6,7 @@ Docs: https://flow2lab.github.io/flow2lab/axes.html.md"""
 
 # %% auto #0
 __all__ = ['task', 'arch', 'method', 'quantizer', 'backend', 'objective', 'kernel', 'shape', 'source', 'rule', 'loaded', 'Axis',
-           'Plugin', 'read_plugin', 'run_plugin', 'forget', 'load_plugins', 'reload_plugins']
+           'Plugin', 'read_plugin', 'forget', 'run_plugin', 'load_plugins', 'reload_plugins']
 
 # %% ../nbs/02_axes.ipynb #f10b4cd5
 import importlib, importlib.util, inspect, json, linecache, os, re, sys, threading, traceback, types
@@ -40,49 +40,50 @@ def __call__(self:Axis,
     for k,v in meta.items(): setattr(f, k, v)
     return self.add(f)
 
-# %% ../nbs/02_axes.ipynb #0b4abd40
-@patch
-def add(self:Axis,
-        f):     # Function or class, which has a `__name__`
-    "File `f` and return it; `UserError` where a plugin's entry and another one share a name"
-    name, plugin = f.__name__, _running
-    theirs = self.plugins.get(name)
-    own = name in self.homes or _of_package(self.entries.get(name))
-    if _of_package(f): plugin, clash = None, theirs is not None
-    else: clash = plugin is not None and (own or theirs not in (None, plugin))
-    if clash: raise UserError(_twin(self, name, f, plugin or theirs))
-    if plugin: self.plugins[name] = plugin
-    if not (plugin and _interactive(self.entries.get(name))): self.entries[name] = f
-    return f
-
+# %% ../nbs/02_axes.ipynb #9fe69cf7
 _running = None       # The plugin whose code runs just now
 
 def _of_package(f): return getattr(f, '__module__', '').startswith('flow2lab.')
 
 def _interactive(f): return getattr(f, '__module__', '')=='__main__'
 
+# %% ../nbs/02_axes.ipynb #b32ae017
 def _twin(axis, name, f, plugin):
-    "What to say of two entries of one name, with the place of each"
-    old = axis.homes.get(name) or axis.entries[name].__module__
-    first, second = [relative(sys.modules[m].__file__) if _is_plugin(m) else m for m in (old, f.__module__)]
-    return (f'{axis.name} "{name}" is defined in {first} and in {second}. '
-            f'Give the one in {relative(plugin.path)} another name.')
+    "The `UserError` for `f` where another file has an entry of its name"
+    modules = axis.homes.get(name) or axis.entries[name].__module__, f.__module__
+    first, second = [relative(sys.modules[m].__file__) if m.startswith('flow2lab_plugins.') else m for m in modules]
+    return UserError(f'{axis.name} "{name}" is defined in {first} and in {second}. '
+                     f'Give the one in {relative(plugin.path)} another name.')
 
-def _is_plugin(module): return module.startswith('flow2lab_plugins.')
+# %% ../nbs/02_axes.ipynb #c7c9591c
+@patch
+def add(self:Axis,
+        f):     # Function or class, which has a `__name__`
+    "File `f` and return it; `UserError` where a plugin's entry and another one share a name"
+    name, theirs = f.__name__, self.plugins.get(f.__name__)
+    plugin = None if _of_package(f) else _running
+    taken = name in self.homes or _of_package(self.entries.get(name))
+    if plugin and (taken or theirs not in (None, plugin)): raise _twin(self, name, f, plugin)
+    if _of_package(f) and theirs: raise _twin(self, name, f, theirs)
+    if plugin: self.plugins[name] = plugin
+    if not (plugin and _interactive(self.entries.get(name))): self.entries[name] = f
+    return f
+
+# %% ../nbs/02_axes.ipynb #0c1e744a
+@patch
+def load_package(self:Axis):
+    "Import the axis's modules, all but homes"
+    for m in self.modules: importlib.import_module(m)
 
 # %% ../nbs/02_axes.ipynb #81c191d4
 @patch
-def __getitem__(self:Axis, name):
+def __getitem__(self:Axis,
+                name):   # Of an entry
     "The definition called `name`; `UserError` with the nearest right name if there is none"
     if name not in self.entries and name in self.homes: importlib.import_module(self.homes[name])
     if name not in self.entries: self.load_package()
     if name not in self.entries: check_names(self.name, [name], self)
     return self.entries[name]
-
-@patch
-def load_package(self:Axis):
-    "Import the axis's modules, all but homes"
-    for m in self.modules: importlib.import_module(m)
 
 # %% ../nbs/02_axes.ipynb #4f2f471d
 @patch
@@ -92,8 +93,10 @@ def __iter__(self:Axis):
     if self.modules or self.homes: load_plugins()
     return iter(dict.fromkeys([*self.homes, *self.entries]))
 
+# %% ../nbs/02_axes.ipynb #dbfee3e2
 @patch
-def __contains__(self:Axis, name):
+def __contains__(self:Axis,
+                 name):   # Of an entry
     "Is there an entry `name`?"
     return name in self.entries or name in self.homes or name in list(self)
 
@@ -103,6 +106,7 @@ def load(self:Axis):
     "`{name: definition}` of all entries, the homes and plugins imported"
     return {name: self[name] for name in self}
 
+# %% ../nbs/02_axes.ipynb #ac7b04d8
 @patch
 def items(self:Axis):
     "(name, definition) of all entries"
@@ -110,12 +114,15 @@ def items(self:Axis):
 
 # %% ../nbs/02_axes.ipynb #699b07d2
 @patch
-def doc(self:Axis, name):
+def doc(self:Axis,
+        name):   # Of an entry
     "The first line of the entry's docstring"
     return (inspect.getdoc(self[name]) or '').split('\n')[0]
 
+# %% ../nbs/02_axes.ipynb #a5aa9275
 @patch
-def where(self:Axis, name):
+def where(self:Axis,
+          name):   # Of an entry
     "The file that defines an entry: a module's, or the plugin as the user wrote it; None for a running notebook's"
     if name in self.plugins: return self.plugins[name].path
     module = self.homes.get(name) or self[name].__module__
@@ -172,11 +179,13 @@ def text(self:Plugin):
     "The source that runs"
     return '\n\n'.join(src for _,src in self.cells)
 
+# %% ../nbs/02_axes.ipynb #7af026f1
 @patch(as_prop=True)
 def hash(self:Plugin):
     "16 hex digits that name the source that runs"
     return hash_of([src for _,src in self.cells])
 
+# %% ../nbs/02_axes.ipynb #5bed9b87
 @patch(as_prop=True)
 def module(self:Plugin):
     "The name under which Python knows it"
@@ -207,16 +216,39 @@ def read_plugin(path):    # From the project root or absolute
                         'Correct "plugins" in settings.ini; paths start at the project root.') from None
     if path.suffix!='.ipynb': return Plugin(path, [(0, text)])
     try: cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(text)['cells']]
-    except (ValueError, KeyError, TypeError) as e: raise UserError(f'{relative(path)}: not a notebook ({e}).') from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{relative(path)}: not a notebook ({e}).') from None
     runs = [(i, src) for i,(kind,src) in enumerate(cells, 1) if kind=='code' and _export.match(src)]
     if not runs:
         raise UserError(f'{relative(path)}: no cell begins with `#| export`, so this plugin adds nothing. '
                         'Mark the cells that define entries.')
     return Plugin(path, runs)
 
+# %% ../nbs/02_axes.ipynb #f5030fdf
+def _line(e, file):
+    "The last line of `file` that exception `e` passed through"
+    if isinstance(e, SyntaxError) and e.filename==file: return e.lineno
+    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename==file]
+    return lines[-1] if lines else None
+
+def _cause(e):
+    "What went wrong, and the mend"
+    if isinstance(e, UserError): return str(e)
+    said = e.msg if isinstance(e, SyntaxError) else str(e)
+    return f'{type(e).__name__}: {said}. Mend the line, or take the file out of "plugins" in settings.ini.'
+
+# %% ../nbs/02_axes.ipynb #851bed27
+def forget(plugin):   # From `read_plugin`
+    "Take a plugin's entries and its module out again"
+    for axis in Axis.all.values():
+        for name in [n for n,p in axis.plugins.items() if p is plugin]:
+            del axis.plugins[name]
+            if not _interactive(axis.entries.get(name)): axis.entries.pop(name, None)
+    sys.modules.pop(plugin.module, None)
+
 # %% ../nbs/02_axes.ipynb #7a8f641d
 def run_plugin(plugin):    # From `read_plugin`
-    "Execute a plugin as a module, and return that. When it fails, none of its entries stays, and `UserError` says where and why"
+    "Execute a plugin as a module, and return that; `UserError` says where and why it failed"
     global _running
     name, file = plugin.module, str(plugin.path)
     sys.modules.setdefault('flow2lab_plugins', types.ModuleType('flow2lab_plugins')).__path__ = []
@@ -231,30 +263,21 @@ def run_plugin(plugin):    # From `read_plugin`
     finally: _running = outer
     return m
 
-def _line(e, file):
-    "The last line of `file` that exception `e` passed through"
-    if isinstance(e, SyntaxError) and e.filename==file: return e.lineno
-    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename==file]
-    return lines[-1] if lines else None
+# %% ../nbs/02_axes.ipynb #ba6649cf
+loaded = {}     # {path: Plugin} of this process
 
-def _cause(e):
-    "What went wrong, and the mend"
-    if isinstance(e, UserError): return str(e)
-    said = e.msg if isinstance(e, SyntaxError) else str(e)
-    return f'{type(e).__name__}: {said}. Mend the line, or take the file out of "plugins" in settings.ini.'
-
-# %% ../nbs/02_axes.ipynb #851bed27
-def forget(plugin):
-    "Take a plugin's entries and its module out again"
-    for axis in Axis.all.values():
-        for name in [n for n,p in axis.plugins.items() if p is plugin]:
-            del axis.plugins[name]
-            if not _interactive(axis.entries.get(name)): axis.entries.pop(name, None)
-    sys.modules.pop(plugin.module, None)
+def _load_plugin(name):
+    "Run the plugin at `name` unless it has run"
+    p = read_plugin(name)
+    if p.path in loaded: return
+    for other in loaded.values():
+        if other.module==p.module:
+            raise UserError(f'plugins: {relative(p.path)} and {relative(other.path)} '
+                            f'are both the module {p.module}. Rename one of the files.')
+    run_plugin(p)
+    loaded[p.path] = p
 
 # %% ../nbs/02_axes.ipynb #ee742203
-loaded = {}                   # {path: Plugin} of this process
-
 _lock, _seen = threading.RLock(), None
 
 def load_plugins():
@@ -267,17 +290,6 @@ def load_plugins():
         for name in filter(None, map(str.strip, re.split(r'[,\n]', setting('plugins')))): _load_plugin(name)
         _seen = project
 
-def _load_plugin(name):
-    "Run the plugin at `name` unless it has run"
-    p = read_plugin(name)
-    if p.path in loaded: return
-    for other in loaded.values():
-        if other.module==p.module:
-            raise UserError(f'plugins: {relative(p.path)} and {relative(other.path)} are both the module {p.module}. '
-                            'Rename one of the files.')
-    run_plugin(p)
-    loaded[p.path] = p
-
 # %% ../nbs/02_axes.ipynb #48d673d7
 def reload_plugins():
     "Forget all plugins, and run them again at the next look-up"
@@ -288,7 +300,8 @@ def reload_plugins():
 
 # %% ../nbs/02_axes.ipynb #c6dec105
 @patch
-def plugin(self:Axis, name):
+def plugin(self:Axis,
+           name):   # Of an entry
     "The `Plugin` that an entry comes from, None for the package's own; `UserError` if there is no such entry"
     if name in self.homes or _of_package(self[name]): return None
     load_plugins()

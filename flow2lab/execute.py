@@ -25,6 +25,7 @@ def nvidia_gpus():
     except (OSError, subprocess.TimeoutExpired): return []
     return r.stdout.split() if r.returncode==0 else []
 
+# %% ../nbs/72_execute.ipynb #17cb64a7
 def gpus():
     "The ids of the GPUs that runs may use, as CUDA_VISIBLE_DEVICES wants them"
     if (v := os.environ.get('CUDA_VISIBLE_DEVICES')) is None: return nvidia_gpus()
@@ -40,14 +41,16 @@ def cores():
 # %% ../nbs/72_execute.ipynb #229449de
 _always = ['numpy', 'execnb.shell', 'IPython.core.displaypub']
 
-_heavy = dict(torch=['torch'], transformers=['transformers.modeling_utils', 'transformers.models.auto.modeling_auto'],
+_heavy = dict(torch=['torch'],
+              transformers=['transformers.modeling_utils', 'transformers.models.auto.modeling_auto'],
               peft=['peft'], datasets=['datasets'], accelerate=['accelerate'], pandas=['pandas'],
               matplotlib=['matplotlib.pyplot'])
 
 # Modules of ours that use all of these, and what they use besides
 _ours = 'load|methods|adapters|train|preference|quantize|merge|runs|hf|evaluate|bench'
 
-_lazy = ['transformers.trainer', 'transformers.models.qwen3.modeling_qwen3', 'transformers.models.llama.modeling_llama']
+_lazy = ['transformers.trainer', 'transformers.models.qwen3.modeling_qwen3',
+         'transformers.models.llama.modeling_llama']
 
 def modules_to_preload(nb):   # Notebook as a dict
     "Names of the modules that a warm process should have imported for this notebook"
@@ -97,7 +100,8 @@ def start(self:Run,
         os.close(w)
     cells = [(i, c.source) for i, c in enumerate(self.cells) if c.cell_type=='code' and c.source.strip()]
     self.at = cells[0][0] if cells else 0
-    with contextlib.suppress(BrokenPipeError): self.sock.sendall(json.dumps(dict(job, cells=cells)).encode() + b'\n')
+    line = json.dumps(dict(job, cells=cells)).encode() + b'\n'
+    with contextlib.suppress(BrokenPipeError): self.sock.sendall(line)
     return self
 
 # %% ../nbs/72_execute.ipynb #84f0d405
@@ -219,6 +223,7 @@ def diagnose(self:Run):
     if sig: return 'Killed', f'the process was killed by signal {-self.status} ({sig})'
     return 'Exited', f'the process ended with code {self.status}'
 
+# %% ../nbs/72_execute.ipynb #2cd6476b
 @patch
 def record_end(self:Run):
     "Write an end that no cell has reported into the cell where it came"
@@ -256,7 +261,8 @@ def watch(self:Run,
 class WarmEngine:
     "A papermill engine that runs the notebook in a fork of a warm process"
     @classmethod
-    def nb_kernel_name(cls, nb, name=None): return name or nb.metadata.get('kernelspec', {}).get('name', 'python3')
+    def nb_kernel_name(cls, nb, name=None):
+        return name or nb.metadata.get('kernelspec', {}).get('name', 'python3')
     @classmethod
     def nb_language(cls, nb, language=None):
         lang = language or nb.metadata.get('kernelspec', {}).get('language') or 'python'
@@ -288,8 +294,8 @@ def run(cls:WarmEngine,
     if not any(c.cell_type=='code' for c in man.nb.cells): return
     job = dict(seed=seed, threads=threads or cores(), cwd=str(workdir or os.getcwd()),
                env={'MPLBACKEND': INLINE, **os.environ, **(env or {})})
-    run = Run(man, on_text).start(modules_to_preload(man.nb) if preload is None else preload, keep, stop, **job)
-    run.watch(timeout, execution_timeout, stop)
+    if preload is None: preload = modules_to_preload(man.nb)
+    Run(man, on_text).start(preload, keep, stop, **job).watch(timeout, execution_timeout, stop)
 
 # %% ../nbs/72_execute.ipynb #07610809
 @patch(cls_method=True)
@@ -343,8 +349,8 @@ def execute(notebook,          # From the project root
     tmp = out.with_name(f'.{out.name}.{os.getpid()}-{threading.get_ident()}.tmp.ipynb')
     braces = str.maketrans({'{': '{{', '}': '}}'})                    # papermill formats paths
     try:
-        execute_notebook(str(src).translate(braces), str(tmp).translate(braces), parameters, engine_name='flow2lab',
-                         progress_bar=False, request_save_on_cell_execute=False, **kw)
+        execute_notebook(str(src).translate(braces), str(tmp).translate(braces), parameters,
+                         engine_name='flow2lab', progress_bar=False, request_save_on_cell_execute=False, **kw)
     except PapermillExecutionError as e:
         if e.ename=='UserError': raise UserError(f'{relative(src)}, cell {e.cell_index}: {e.evalue}') from None
         raise

@@ -91,7 +91,8 @@ def find_data(path):   # Absolute, from here, from the root, or in a folder of t
 
 # %% ../nbs/01_files.ipynb #aca1fde9
 def portable_path(path):   # Path, hub id or name; several in a list or joined by commas; or any other value
-    "`path` as every process finds it: from the project root, or absolute when it lies outside; what does not exist stays"
+    "`path` as every process finds it: from the project root, or absolute when it lies outside. " \
+    "What does not exist stays as it is"
     if isinstance(path, (list, tuple)): return [portable_path(p) for p in path]
     if not isinstance(path, (str, Path)): return path
     return ','.join(_portable(p.strip()) for p in str(path).split(','))

@@ -20,8 +20,8 @@ def write_notebook(path,      # From the project root
     "Write a Python notebook, and return its path as it was given"
     def code(i, source):
         tags = [] if i else ['parameters']
-        return dict(cell_type='code', id=hash_of([i, source], 8), metadata=dict(tags=tags), source=source, outputs=[],
-                    execution_count=None)
+        return dict(cell_type='code', id=hash_of([i, source], 8), metadata=dict(tags=tags), source=source,
+                    outputs=[], execution_count=None)
     kernel = dict(name='python3', language='python', display_name='python3')
     nb = dict(cells=[code(i, s.strip()) for i,s in enumerate(cells)], metadata=dict(kernelspec=kernel),
               nbformat=4, nbformat_minor=5)
@@ -38,6 +38,13 @@ def parameters_source(nb,      # Notebook as a dict
                         'Tag the cell with the defaults, and keep tags when cleaning (allowed_cell_metadata_keys).')
     return ''.join(cells[0]['source'])
 
+# %% ../nbs/70_parameters.ipynb #e895fd7e
+def _assigned(s):
+    "The one name that statement `s` gives a value to, else None"
+    targets = s.targets if isinstance(s, ast.Assign) else []
+    if isinstance(s, ast.AnnAssign) and s.value: targets = [s.target]
+    return targets[0].id if len(targets)==1 and isinstance(targets[0], ast.Name) else None
+
 # %% ../nbs/70_parameters.ipynb #1bab889b
 def declared(nb,      # Notebook as a dict
              where):  # What to call it in messages
@@ -53,12 +60,6 @@ def declared(nb,      # Notebook as a dict
                             'Write one parameter a line, without tuples.')
         out[name], last = ast.unparse(s.value), s.end_lineno
     return out
-
-def _assigned(s):
-    "The one name that statement `s` gives a value to, else None"
-    targets = s.targets if isinstance(s, ast.Assign) else []
-    if isinstance(s, ast.AnnAssign) and s.value: targets = [s.target]
-    return targets[0].id if len(targets)==1 and isinstance(targets[0], ast.Name) else None
 
 # %% ../nbs/70_parameters.ipynb #30694cd1
 def check_parameters(names,   # Of the values that will be passed
@@ -95,7 +96,7 @@ def read_template(path):   # From the project root
 # %% ../nbs/70_parameters.ipynb #0270449d
 def check_template(path,        # Notebook, from the project root
                    needs=()):   # Names of the parameters that will be passed
-    "{name: default as code} of the parameters that a template declares; `UserError` when papermill would get it wrong"
+    "{name: default as code} of a template's parameters; `UserError` when papermill would get them wrong"
     p, nb = read_template(path)
     known = declared(nb, relative(p))
     check_parameters(needs, known, relative(p))

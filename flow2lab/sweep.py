@@ -68,6 +68,7 @@ def begin(self:SweepBar,
     "A run begins"
     self.since[id], self.latest[id] = time.monotonic(), f'starting ({name})'
 
+# %% ../nbs/74_sweep.ipynb #bd387fc7
 @patch
 def finish(self:SweepBar,
            id,     # Of the run
@@ -96,6 +97,7 @@ def part_done(self:SweepBar):
     mean, now = sum(self.took)/len(self.took) if self.took else 0, time.monotonic()
     return sum(min((now-t)/mean, .95) for t in self.since.values()) if mean else 0
 
+# %% ../nbs/74_sweep.ipynb #7d225994
 @patch
 def draw(self:SweepBar,
          done,       # Runs that have ended
@@ -178,7 +180,7 @@ def step(self:SweepState):
 @patch
 def start_or_block(self:SweepState,
                    i):   # Id of a run that waits
-    "Give the run a free worker if its base is there and nobody else has it, or its failure if its base failed"
+    "Give a run that waits a free worker if its base is there, or its failure if its base failed"
     spec, why = self.todo[i], why_blocked(self.todo[i], self.results)
     if why:
         self.results[i] = RunResult(spec, 'failed', self.folder[i], 0., why)
@@ -221,6 +223,7 @@ def give_up(self:SweepState):
     self.stop.set()
     if wait(self.running, 1).not_done: warm().abort()
 
+# %% ../nbs/74_sweep.ipynb #edba6465
 @patch
 def close(self:SweepState):
     "End the pool and the bar"
@@ -248,7 +251,7 @@ def fork_pool(state):   # SweepState
 
 # %% ../nbs/74_sweep.ipynb #140a480a
 def ray_pool(state):   # SweepState
-    "(function that submits a run, function that ends the pool): runs are tasks of a Ray cluster; `UserError` without Ray"
+    "As `fork_pool`, but runs are tasks of a Ray cluster; `UserError` without Ray"
     try: import ray
     except ImportError:
         raise UserError('pool="ray" needs Ray: pip install "flow2lab[ray]", or use pool="fork".') from None
@@ -258,7 +261,8 @@ def ray_pool(state):   # SweepState
                                        max_retries=state.kw['retry'], runtime_env=dict(env_vars=root))
     refs = []
     def submit(spec, i, env):
-        refs.append(task.remote(spec, state.folder[i], force=state.force, threads=state.threads, env=root, **state.kw))
+        refs.append(task.remote(spec, state.folder[i], force=state.force, threads=state.threads, env=root,
+                                **state.kw))
         return refs[-1].future()
     return submit, lambda: [ray.cancel(r, force=True) for r in refs if state.stop.is_set()]
 

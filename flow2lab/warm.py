@@ -1,4 +1,4 @@
-"""A run starts in a fraction of a second, because it is forked from a process that has imported torch, transformers and peft already.
+"""A run starts in a fraction of a second: it is forked from a process that has imported torch and the like already.
 
 Docs: https://flow2lab.github.io/flow2lab/warm.html.md"""
 
@@ -56,14 +56,14 @@ def event_publisher(emit):   # From `event_sender`
 def event_shell(emit):   # From `event_sender`
     "An IPython shell that emits its outputs as they come"
     from execnb.shell import CaptureShell
-    shell = CaptureShell(mpl_format=None)        # matplotlib finds the inline backend by MPLBACKEND, if it is used at all
+    shell = CaptureShell(mpl_format=None)      # matplotlib finds the inline backend by MPLBACKEND
     def emit_value(data, metadata=None):
         for f in (sys.stdout, sys.stderr): f.flush()
         emit(output=dict(output_type='execute_result', data=data, metadata=metadata or {},
                          execution_count=shell.cell_number))
     shell.displayhook.write_format_data = emit_value
     shell.display_pub = event_publisher(emit)
-    shell.showtraceback = lambda exc=None, *a, **k: exc and traceback.print_exception(*exc)      # of a repr that fails
+    shell.showtraceback = lambda exc=None, *a, **k: exc and traceback.print_exception(*exc)
     return shell
 
 # %% ../nbs/71_warm.ipynb #60bb3fc9
@@ -187,7 +187,8 @@ def load(self:WarmServer,
         before = os_threads()
         with contextlib.suppress(Exception): importlib.import_module(m)
         torch = sys.modules.get('torch')
-        if os_threads()>before or (hasattr(torch, 'cuda') and torch.cuda.is_initialized()): self.can_fork = False
+        cuda = hasattr(torch, 'cuda') and torch.cuda.is_initialized()
+        if cuda or os_threads()>before: self.can_fork = False
     gc.freeze()
 
 # %% ../nbs/71_warm.ipynb #d76f609d
@@ -202,7 +203,8 @@ def start(self:WarmServer,
     self.runs[pid] = (line, socket.socket(fileno=os.dup(fds[0])))
     self.lines.append(mine)
     its.close()
-    with contextlib.suppress(OSError): line.sendall(b'%d\n' % pid)        # if it is gone, its end of file comes next
+    # an owner that is gone does not read the answer; its end of file comes next
+    with contextlib.suppress(OSError): line.sendall(b'%d\n' % pid)
 
 # %% ../nbs/71_warm.ipynb #4da451b1
 @patch
@@ -328,6 +330,7 @@ def close(self:Warm):
         self.sock = None
     if (p := self.__dict__.pop('proc', None)): p.wait()
 
+# %% ../nbs/71_warm.ipynb #b8230693
 @patch
 def abort(self:Warm):
     "Kill the warm process at once"
