@@ -37,7 +37,7 @@ def release(self:Text,
     self.sent += len(out)
     return out
 
-# %% ../nbs/80_engine.ipynb #ddcf710a
+# %% ../nbs/80_engine.ipynb #a2865043
 @patch
 def decode_new(self:Text):
     "Text of the tokens that are not decoded yet"
@@ -45,6 +45,7 @@ def decode_new(self:Text):
     def decode(ids): return self.tok.decode(ids, skip_special_tokens=True)
     return decode(before + self.ids[self.seen:])[len(decode(before)):]
 
+# %% ../nbs/80_engine.ipynb #1fb1f9c5
 @patch
 def add(self:Text,
         t):   # Token id
@@ -55,6 +56,7 @@ def add(self:Text,
     self.text, self.seen = self.text+new, len(self.ids)
     return self.release()
 
+# %% ../nbs/80_engine.ipynb #b72ed2e8
 @patch
 def rest(self:Text):
     "What has waited, at the end; also a character that was never finished"
@@ -96,7 +98,7 @@ class Job:
         self.text, self.end, self.events = None, (), []     # given by the engine that takes the job
         self.over, self.written = False, 0
 
-# %% ../nbs/80_engine.ipynb #3661bbbc
+# %% ../nbs/80_engine.ipynb #2e4cb743
 @patch
 def emit(self:Job,
          kind:str,  # text, end or error
@@ -106,6 +108,7 @@ def emit(self:Job,
     self.over = self.over or kind!='text'
     return False
 
+# %% ../nbs/80_engine.ipynb #5406d60a
 @patch
 def finish(self:Job,
            reason:str):  # stop or length
@@ -114,6 +117,7 @@ def finish(self:Job,
     if rest: self.emit('text', rest)
     return self.emit('end', 'stop' if self.text.stopped else reason)
 
+# %% ../nbs/80_engine.ipynb #641dc8ba
 @patch
 def late(self:Job):
     "Give up if the time is over; whether the job is over"
@@ -152,7 +156,7 @@ def fits(self:Rows,
     longest = max(len(j.ids)+j.limit for j in jobs) + self.before
     return len(jobs)==1 or len(jobs)*longest*self.be.kv_bytes() <= self.be.cache_bytes
 
-# %% ../nbs/80_engine.ipynb #63d24b2d
+# %% ../nbs/80_engine.ipynb #825b0cb9
 @patch
 def add(self:Rows,
         jobs):   # As many as `fits` allowed
@@ -170,6 +174,7 @@ def add(self:Rows,
     self.jobs, self.cache, self.hidden, self.pos, self.lg = self.jobs+jobs, cache, hidden, pos, lg
     self.renew_mask()
 
+# %% ../nbs/80_engine.ipynb #f43c6a35
 @patch
 def renew_mask(self:Rows):
     "Make the additive mask from `hidden`; None if nothing is hidden"
@@ -214,10 +219,11 @@ def step(self:Rows):
                              position_ids=self.pos, past_key_values=self.cache,
                              attention_mask=self.mask, use_cache=True)
 
-# %% ../nbs/80_engine.ipynb #c5fe9537
+# %% ../nbs/80_engine.ipynb #4ce1c67c
 class Full(Exception):
     "No place left in the queue"
 
+# %% ../nbs/80_engine.ipynb #b75a206a
 class Engine:
     "Serves jobs on a backend from a thread of its own"
     def __init__(self, be,              # Any backend
@@ -235,7 +241,7 @@ class Engine:
     @property
     def running(self): return (len(self.rows.jobs) if self.rows else 0) + len(self.new)
 
-# %% ../nbs/80_engine.ipynb #09829c94
+# %% ../nbs/80_engine.ipynb #d8fa6e49
 @patch
 def submit(self:Engine, job):
     "Queue `job`, and return it. Raises `Full` when there is no place, or the engine is closed"
@@ -246,12 +252,14 @@ def submit(self:Engine, job):
         self.lock.notify()
     return job
 
+# %% ../nbs/80_engine.ipynb #9714c1f0
 @patch
 def drop(self:Engine, job):
     "Forget `job`: its client is gone. A row comes free at the next token"
     job.over = True
     with self.lock, contextlib.suppress(ValueError): self.waiting.remove(job)
 
+# %% ../nbs/80_engine.ipynb #bf8d7e9e
 @patch
 def close(self:Engine):
     "Stop; whoever waits or is being answered gets an error"
@@ -272,7 +280,7 @@ def loop(self:Engine):
                 except Exception as e: self.fail(e)
     self.stop(503, 'the server stops')
 
-# %% ../nbs/80_engine.ipynb #a252e15b
+# %% ../nbs/80_engine.ipynb #5da7ca5b
 @patch
 def step(self:Engine):
     "Let in who fits, then a token for every row"
@@ -283,6 +291,7 @@ def step(self:Engine):
     if self.rows and self.rows.jobs: self.rows.step()
     self.flush()
 
+# %% ../nbs/80_engine.ipynb #4e3d8b2d
 @patch
 def flush(self:Engine):
     "Deliver the events there are"
@@ -291,7 +300,7 @@ def flush(self:Engine):
     del self.events[:len(out)]
     self.deliver(out)
 
-# %% ../nbs/80_engine.ipynb #670a5efb
+# %% ../nbs/80_engine.ipynb #df253977
 @patch
 def admit(self:Engine):
     "Jobs that start now: as many as fit into rows, or one that must go alone"
@@ -307,11 +316,13 @@ def admit(self:Engine):
             if not together: break
     return new
 
+# %% ../nbs/80_engine.ipynb #ef6a740f
 @patch
 def batches(self:Engine, job):
     "Whether `job` can be a row among others: the model allows it, and it stays within the sliding window"
     return self.rows is not None and len(job.ids)+job.limit+self.rows.before<=self.be.window
 
+# %% ../nbs/80_engine.ipynb #358fca18
 @patch
 def drop_late(self:Engine):
     "Jobs that have waited too long leave the queue"
@@ -337,7 +348,7 @@ def serve_alone(self:Engine, job):
     if self.closed: job.emit('error', (503, 'the server stops'))
     else: job.finish('stop')                                     # the backend met an end token
 
-# %% ../nbs/80_engine.ipynb #3e110b29
+# %% ../nbs/80_engine.ipynb #a6a48662
 @patch
 def fail(self:Engine,
          e):   # The exception
@@ -346,6 +357,7 @@ def fail(self:Engine,
     print(f'serve: {type(e).__name__} in a step; its requests fail.\n{where}', file=sys.stderr, flush=True)
     self.stop(500, 'the model failed on this request', waiting=False)
 
+# %% ../nbs/80_engine.ipynb #e7e25989
 @patch
 def stop(self:Engine,
          status:int,         # As in HTTP

@@ -6,8 +6,8 @@ Docs: https://flow2lab.github.io/flow2lab/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['ASK', 'ITEMS', 'window_pairs', 'text_nll', 'perplexity', 'ask_choice', 'ask_generate', 'ask_loglikelihood', 'Meter',
-           'task_metrics', 'evaluate_task', 'Evaluation', 'memory_metrics', 'evaluate', 'load_backend', 'backend_for',
-           'nll_by_position']
+           'task_metrics', 'score_columns', 'evaluate_task', 'Evaluation', 'memory_metrics', 'evaluate', 'load_backend',
+           'backend_for', 'nll_of_rows', 'nll_by_position']
 
 # %% ../nbs/57_evaluate.ipynb #e855796a
 import math, time
@@ -133,7 +133,15 @@ def task_metrics(t,           # The task
         found['tokens_per_s'] = metric(new/seconds, 'tokens/s', 'max')
     return {f'{name}/{k}': v for k,v in found.items()}
 
-# %% ../nbs/57_evaluate.ipynb #e652c966
+# %% ../nbs/57_evaluate.ipynb #7dee842d
+def score_columns(t,       # The task
+                  score):  # What `t.score` gave for an item
+    "dict(score, metrics, unparsed) of an item's row; what is not finite is left out"
+    finite = {k: v for k,v in score.items() if v is None or math.isfinite(v)}
+    return dict(score=finite.get(t.primary()), metrics=to_json(finite),
+                unparsed=bool(score.get('unparsed', 0)))
+
+# %% ../nbs/57_evaluate.ipynb #5aa3a751
 def evaluate_task(be,                   # A backend
                   name:str,             # Of the task
                   args,                 # Its `load` arguments, e.g. dict(n=100)
@@ -144,20 +152,14 @@ def evaluate_task(be,                   # A backend
     prompts = [t.render(r) for r in rows]
     meter = Meter(name, [len(p['choices']) if t.kind=='choice' else 1 for p in prompts], progress)
     start = time.perf_counter()
-    said, shown, cut, new = ASK[t.kind](be, t, prompts, meter)
+    answers, shown, cut, new = ASK[t.kind](be, t, prompts, meter)
     seconds = time.perf_counter()-start
     meter.bar.close()
-    scores = [dict(t.score(r, p), truncated=int(c)) for r,p,c in zip(rows, said, cut)]
+    scores = [dict(t.score(r, p), truncated=int(c)) for r,p,c in zip(rows, answers, cut)]
     items = [dict(task=name, item=r['id'], prompt_hash=prompt_hash(p), prediction=a, truncated=c, seconds=s,
-                  **_scored(t, score))
+                  **score_columns(t, score))
              for r,p,a,c,s,score in zip(rows, prompts, shown, cut, meter.seconds, scores)]
     return items, task_metrics(t, name, scores, seconds, new)
-
-def _scored(t, score):
-    "An item's columns from its scores; a score that is not finite is left out"
-    finite = {k: v for k,v in score.items() if v is None or math.isfinite(v)}
-    return dict(score=finite.get(t.primary()), metrics=to_json(finite),
-                unparsed=bool(score.get('unparsed', 0)))
 
 # %% ../nbs/57_evaluate.ipynb #89f7a076
 @dataclass
@@ -225,7 +227,18 @@ def backend_for(spec,   # A Spec; its `backend`, `task`, `base` and `dtype` coun
     if changed or getattr(b, 'quantizes', False): return b(model, tok)
     return load_backend(spec.base, spec.backend, spec.dtype)
 
-# %% ../nbs/57_evaluate.ipynb #4c2e4845
+# %% ../nbs/57_evaluate.ipynb #6bb08e97
+def nll_of_rows(be,    # Backend `hf`
+                ids):  # Token ids (rows, window)
+    "Negative log-likelihoods (rows, window-1) of the tokens after the first of each row"
+    nll = []
+    with be.quiet():
+        for row in ids:
+            lp = be.model(be.tensor(row[None]), use_cache=False).logits[0,:-1].float().log_softmax(-1)
+            nll.append(-lp.gather(1, be.tensor(row[1:,None]))[:,0].cpu().numpy())
+    return np.stack(nll)
+
+# %% ../nbs/57_evaluate.ipynb #ee9e26e4
 def nll_by_position(model, tok,
                     text:str,         # At least `window` tokens long
                     window:int=1024,  # Tokens read at once
@@ -241,7 +254,7 @@ def nll_by_position(model, tok,
     if rows<1:
         raise UserError(f'a text of {len(ids)} tokens, but window={window}. '
                         'Give a longer text or a shorter window.')
-    nll = _nll_of_rows(be, ids[:min(rows, windows)*window].reshape(-1, window))
+    nll = nll_of_rows(be, ids[:min(rows, windows)*window].reshape(-1, window))
     edges = sorted({0, *(round(window/2**i) for i in range(buckets)), window-1})
     edges = [e for e in edges if e<window]
     out = []
@@ -250,12 +263,3 @@ def nll_by_position(model, tok,
         if x.size<2: continue
         out.append(dict(position=(a+b)/2+1, nll=x.mean(), se=x.std(ddof=1)/x.size**.5, n=x.size))
     return pd.DataFrame(out)
-
-def _nll_of_rows(be, ids):
-    "Negative log-likelihoods (rows, window-1) of the tokens after the first of each row"
-    nll = []
-    with be.quiet():
-        for row in ids:
-            lp = be.model(be.tensor(row[None]), use_cache=False).logits[0,:-1].float().log_softmax(-1)
-            nll.append(-lp.gather(1, be.tensor(row[1:,None]))[:,0].cpu().numpy())
-    return np.stack(nll)

@@ -39,12 +39,13 @@ def naive_greedy(model,
         ids.append(t)
     return ids[len(prompt):]
 
-# %% ../nbs/55_forward.ipynb #03df8c55
+# %% ../nbs/55_forward.ipynb #835ee688
 def learns_prompt(model):
     "Whether the active adapter of `model` is a soft prompt"
     cfg = getattr(model, 'active_peft_config', None)
     return cfg is not None and getattr(cfg, 'is_prompt_learning', False)
 
+# %% ../nbs/55_forward.ipynb #0f3fe588
 class Forward:
     "A transformers model, with or without a PEFT adapter, and its tokenizer"
     def __init__(self,
@@ -65,7 +66,7 @@ class Forward:
             self.shortcuts = self.check_shortcuts() if shortcuts is None else shortcuts
             if learns_prompt(model): self.soft = self.read_soft_prompt()
 
-# %% ../nbs/55_forward.ipynb #b971fb7a
+# %% ../nbs/55_forward.ipynb #c1f241a1
 @patch
 @contextlib.contextmanager
 def quiet(self:Forward):
@@ -76,6 +77,7 @@ def quiet(self:Forward):
     with torch.no_grad(), eval_mode(self.whole), fast_fp32(self.model):
         with fast_scan(self.model, quiet=True): yield
 
+# %% ../nbs/55_forward.ipynb #8ed141d4
 @patch
 def tensor(self:Forward, x):
     "`x` as a tensor on the model's device"
@@ -123,11 +125,12 @@ def mask(self:Forward,
     m = m.masked_fill(~self.tensor(sees), low)
     return torch.nn.functional.pad(m, (before, 0))[:, None]
 
-# %% ../nbs/55_forward.ipynb #6091f4a5
+# %% ../nbs/55_forward.ipynb #205775a8
 def cached(cache):
     "Tokens in `cache`, 0 for None"
     return cache.get_seq_length() if cache else 0
 
+# %% ../nbs/55_forward.ipynb #d923a46f
 @patch
 def read(self:Forward,
          trees,         # One `Tree` a row
@@ -204,7 +207,7 @@ def read_shared(self:Forward,
     skip = shared_prefix(prompts) if prompts else 0
     return True, skip, self.prefix(prompts[0][:skip]) if skip or self.soft else None
 
-# %% ../nbs/55_forward.ipynb #ddb5d453
+# %% ../nbs/55_forward.ipynb #4714849b
 @patch
 def kv_bytes(self:Forward):
     "Bytes of keys and values per token; 16 KiB for a model without attention heads"
@@ -212,6 +215,7 @@ def kv_bytes(self:Forward):
     try: return int(kv_bytes_per_token(self.model.config, self.model.dtype.itemsize)) or 2**14
     except (AttributeError, TypeError, UserError): return 2**14
 
+# %% ../nbs/55_forward.ipynb #312f6234
 @patch
 def batches(self:Forward,
             sizes,         # Tokens of each sequence

@@ -199,7 +199,7 @@ def decode_plain(self:hf,
     self.model.generate(x, attention_mask=x.new_ones(x.shape), generation_config=cfg,
                         stopping_criteria=[Take()], logits_processor=[Pick()] if pick else [])
 
-# %% ../nbs/56_hf.ipynb #036bc6c7
+# %% ../nbs/56_hf.ipynb #23785070
 @patch
 def generate(self:hf,
              prompts,             # Texts, messages or token ids
@@ -222,8 +222,8 @@ def generate(self:hf,
         for batch in groups:
             start = time.perf_counter()
             limits = [fits[i][1] for i in batch]
-            say = (lambda r,t: on_token(batch[r], t)) if on_token else None
-            answers = Answers(self.tok, limits, stop, self.end if ends else (), say)
+            pass_on = (lambda r,t: on_token(batch[r], t)) if on_token else None
+            answers = Answers(self.tok, limits, stop, self.end if ends else (), pass_on)
             decode = self.decode if short else self.decode_plain
             decode([ids[i][skip:] for i in batch], answers, pick, shared)
             for i,limit,new in zip(batch, limits, answers.ids):

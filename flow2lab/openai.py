@@ -31,41 +31,46 @@ class Refused(Exception):
         "The error as JSON-ready dict"
         return dict(error=dict(message=self.message, type=self.kind, param=self.param, code=self.code))
 
-# %% ../nbs/81_openai.ipynb #92da7bf1
+# %% ../nbs/81_openai.ipynb #bc4aa9cc
 Field = namedtuple('Field', 'ok want')
-Field.__doc__ = "A field of a request: a function that says whether a value is right, and in words what it must be"
+Field.__doc__ = "A field of a request: whether a value is right, as a function, and what it must be, in words"
 
 def number(low, high, above=False):
     "A test for numbers from `low` (or above it) to `high`"
     def ok(v): return type(v) in (int, float) and (low<v if above else low<=v) and v<=high
     return ok
 
+# %% ../nbs/81_openai.ipynb #c6663694
 def only(*values):
     "A test for these values alone"
     def ok(v): return any(v is x or (type(v) is not bool and v==x) for x in values)
     return ok
 
-# %% ../nbs/81_openai.ipynb #29095509
+# %% ../nbs/81_openai.ipynb #5981dd96
 def is_count(v): return type(v) is int and v>=1
 def is_text(v): return isinstance(v, str)
 def is_whole(v): return type(v) is int
 def is_switch(v): return type(v) is bool
 def is_object(v): return isinstance(v, dict)
 
+# %% ../nbs/81_openai.ipynb #cef17bdc
 def is_stop(v):
     "One text, or up to four, none of them empty"
     if isinstance(v, str): return v!=''
     return isinstance(v, list) and 0<len(v)<=4 and all(isinstance(s, str) and s for s in v)
 
+# %% ../nbs/81_openai.ipynb #12f331d0
 def is_prompt(v):
     "One text, or one list of token ids"
     if isinstance(v, str): return True
     if not isinstance(v, list) or v==[]: return False
     return (len(v)==1 and isinstance(v[0], str)) or all(type(t) is int and t>=0 for t in v)
 
+# %% ../nbs/81_openai.ipynb #8ecd9fc4
 def is_stream_options(v):
     "An object with switches that are known"
-    return is_object(v) and set(v) <= {'include_usage', 'include_obfuscation'} and all(map(is_switch, v.values()))
+    known = {'include_usage', 'include_obfuscation'}
+    return is_object(v) and set(v) <= known and all(map(is_switch, v.values()))
 
 # %% ../nbs/81_openai.ipynb #240d824d
 def is_message(m):

@@ -81,9 +81,9 @@ def shared_prefix(seqs,           # Token ids of each sequence
     same = next((i for i in range(n) if low[i]!=high[i]), n)
     return same if same>=least and len(seqs)>1 else 0
 
-# %% ../nbs/39_prefixes.ipynb #65d3693f
+# %% ../nbs/39_prefixes.ipynb #45ee8306
 class BufferedLayer:
-    "Keys and values (b, heads, l, c) of one layer, kept in buffers with more than l columns"
+    "Keys and values (b, heads, l, c) of one layer, in buffers with more than l columns"
     def __init__(self,
                  bufs=None,   # [keys, values], each (b, heads, columns, c)
                  used=0):     # Columns that are filled
@@ -96,10 +96,10 @@ class BufferedLayer:
             self.keys, self.values = (b[:, :, :used] for b in bufs)
             self.dtype, self.device = bufs[0].dtype, bufs[0].device
 
-# %% ../nbs/39_prefixes.ipynb #412eff71
+# %% ../nbs/39_prefixes.ipynb #86da3a5c
 @patch
 def grown(self:BufferedLayer,
-          like,        # [keys, values] that say heads, c, dtype and device
+          like,        # [keys, values] with the same heads, c, dtype and device
           used,        # Columns that are filled
           length,      # Columns of the new buffers
           rows=None):  # Copies of a layer of one row; as many rows as before if not given
@@ -121,12 +121,13 @@ def update(self:BufferedLayer, k, v, *args, **kw):
     self.set_buffers(self.bufs, new)
     return self.keys, self.values
 
-# %% ../nbs/39_prefixes.ipynb #e4d10843
+# %% ../nbs/39_prefixes.ipynb #b183d506
 @functools.lru_cache
 def _layer_class():
     from transformers.cache_utils import DynamicLayer
     return type('BufferedLayer', (BufferedLayer, DynamicLayer), {})
 
+# %% ../nbs/39_prefixes.ipynb #0d139cd0
 def new_cache(layers=()):   # (bufs, used) of each layer; none for layers that come with tokens
     "A transformers `Cache` of buffered layers"
     from transformers.cache_utils import Cache

@@ -44,11 +44,12 @@ def pair_ids(tok,
         if not len(i): raise UserError(f'continuation {c!r} has no tokens. Give every choice a text.')
     return prompt_ids(tok, prompt), [list(i) for i in ids]
 
-# %% ../nbs/54_prompts.ipynb #ee5c8446
+# %% ../nbs/54_prompts.ipynb #035a3ed2
 def text_config(model):
     "The configuration of a transformers model's text part, which for most models is all of it"
     return model.config.get_text_config() if hasattr(model.config, 'get_text_config') else model.config
 
+# %% ../nbs/54_prompts.ipynb #7e5dfc52
 def context_length(model, tok):
     "The longest sequence in tokens, prompt and answer, that `model` was made for"
     names = 'max_position_embeddings', 'n_positions', 'seq_length'

@@ -1,4 +1,4 @@
-"""How is a model served, and to whom? Behind OpenAI's HTTP interface and on a chat page, to this machine alone unless told otherwise.
+"""How is a model served, and to whom? Behind OpenAI's HTTP interface and on a chat page, to this machine alone unless you choose otherwise.
 
 Docs: https://flow2lab.github.io/flow2lab/serve.html.md"""
 
@@ -43,13 +43,14 @@ class Guard:
         self.app, self.token = app, token.encode()
         self.hosts, self.origins = {h.lower() for h in hosts}, set(origins)
 
-# %% ../nbs/82_serve.ipynb #b148a4c8
+# %% ../nbs/82_serve.ipynb #3e1ddf07
 def host_name(host:str):   # A Host header
     "The name in `host`, without its port"
     has_port = host.rsplit(']', 1)[-1].count(':')==1
     name = host.rsplit(':', 1)[0] if has_port else host
     return name.strip('[]').lower()
 
+# %% ../nbs/82_serve.ipynb #1e0b8a6c
 @patch
 def check_origin(self:Guard,
                  head):   # Headers by name
@@ -216,11 +217,12 @@ async def send_stream(answer, drop, receive, send):   # As for `send_whole`
             await put(b''.join(map(sse, answer.chunks(events))))
         await put(sse(b'[DONE]'), False)
 
-# %% ../nbs/82_serve.ipynb #304d9149
+# %% ../nbs/82_serve.ipynb #131054f5
 def page():
     "The chat page as HTML"
     return (importlib.resources.files('flow2lab')/'chat.html').read_text(encoding='utf-8')
 
+# %% ../nbs/82_serve.ipynb #12b26098
 def csp(html:str):   # With one <script> and one <style>
     "The Content-Security-Policy under which `html` runs its own script and style, and talks to its own server"
     def own(tag):
@@ -250,12 +252,13 @@ class Server:
         # without a loop there are no clients either
         with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(give)
 
-# %% ../nbs/82_serve.ipynb #e2a5c1c3
+# %% ../nbs/82_serve.ipynb #f127fffd
 @patch
 def to_dict(self:Server):
     "The model, as /v1/models describes it"
     return dict(id=self.name, object='model', created=self.since, owned_by='flow2lab')
 
+# %% ../nbs/82_serve.ipynb #d82585a7
 @patch
 def check_name(self:Server, name):
     "Raise `Refused` for another model than ours"
@@ -263,13 +266,14 @@ def check_name(self:Server, name):
         raise Refused(404, f"There is no model '{name[:80]}' here, only '{self.name}'.",
                       'model', 'model_not_found')
 
-# %% ../nbs/82_serve.ipynb #352b232d
+# %% ../nbs/82_serve.ipynb #48a40762
 def messages_of(d):
     "The messages of the request `d` for a chat template: the role developer is system, parts are one text"
     def text(content): return content if isinstance(content, str) else ''.join(p['text'] for p in content)
     return [dict(role=m['role'].replace('developer', 'system'), content=text(m['content']))
             for m in d['messages']]
 
+# %% ../nbs/82_serve.ipynb #54d78965
 @patch
 def ids(self:Server,
         d,      # The request, checked
@@ -330,7 +334,7 @@ async def answer(self:Server,
         async def __call__(self, scope, receive, send): await how(answer, drop, receive, send)
     return Coming()
 
-# %% ../nbs/82_serve.ipynb #ad42d084
+# %% ../nbs/82_serve.ipynb #e6a7da6d
 def make_app(server):   # A `Server`
     "The FastAPI application: models, completions, chat, the page, health"
     from fastapi import FastAPI, Request
@@ -353,6 +357,7 @@ def make_app(server):   # A `Server`
     async def completions(request: Request): return await server.answer(request, 'text')
     return app
 
+# %% ../nbs/82_serve.ipynb #89d35724
 def add_errors(app):
     "Let a FastAPI application answer refusals, and routes that are not there, in OpenAI's form"
     from fastapi.responses import JSONResponse
@@ -372,7 +377,7 @@ def take_token():
         raise UserError('FLOW2LAB_TOKEN: letters, digits and signs of ASCII only, or a browser cannot send it.')
     return token
 
-# %% ../nbs/82_serve.ipynb #a2e45581
+# %% ../nbs/82_serve.ipynb #7fc5d936
 LOCAL = ('localhost', '127.0.0.1', '::1')
 
 def is_loopback(host:str):
@@ -380,6 +385,7 @@ def is_loopback(host:str):
     try: return host=='localhost' or ipaddress.ip_address(host).is_loopback
     except ValueError: return False
 
+# %% ../nbs/82_serve.ipynb #24db2a49
 def check_door(host:str,   # That the server will listen on
                token:str): # '' for none
     "Raise `UserError` for a server that anyone could use"
@@ -409,11 +415,12 @@ def model_name(where):   # As `serve` takes it
     last = [x for x in p.parts if x not in ('adapter', 'last', 'best', '..', '.')][-1]
     return Path(last).stem if p.suffix=='.gguf' else last
 
-# %% ../nbs/82_serve.ipynb #a4628644
+# %% ../nbs/82_serve.ipynb #dd45859d
 def listed(s:str):   # Comma separated
     "The names in `s`, without spaces and closing slashes"
     return [x.strip().rstrip('/') for x in s.split(',') if x.strip()]
 
+# %% ../nbs/82_serve.ipynb #b8ec473e
 def check_serving(port, positive,   # {option: number that must be above 0}
                   origins):         # What `listed` made of --allow-origin
     "Raise `UserError` for what is not installed, or an option out of range"
