@@ -75,7 +75,8 @@ def check_spec(s):   # A Spec
     "`s`; `UserError` for wrong names, combinations that cannot work, or a base that is not there"
     from flow2lab.archs import preset
     from flow2lab.load import locate
-    from flow2lab.runs import check_combination, model_folder
+    from flow2lab.runs import model_folder
+    from flow2lab.combinations import check_combination
     s.validate()
     check_combination(s)
     if isinstance(s.base, Spec):

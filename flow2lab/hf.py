@@ -239,7 +239,7 @@ def load(cls:hf,
          device='auto',  # cpu, cuda, or auto for what there is
          **kw):          # To `hf`
     "The backend with the model and tokenizer of `base`. `UserError` for what cannot be found"
-    from flow2lab.quantize import pack
+    from flow2lab.quantize import repack_for_cpu
     from flow2lab.runs import open_model
     model, tok = open_model(base, dtype, device)
-    return cls(pack(model), tok, **kw)
+    return cls(repack_for_cpu(model), tok, **kw)

@@ -35,6 +35,22 @@ def rate_of(name,      # Entry of the axis `method`
     raise UserError(f'method {name}: has no learning rate for scale {scale}. Give its entry one, '
                     f'@method(rates=dict({scale}=1e-3), ...), or the run, train=dict(lr=1e-3).')
 
+# %% ../nbs/41_methods.ipynb #2218d9d8
+def _needs_whole_weight(q, a): return 'its start needs the singular values of the full-precision weight'
+
+def _takes_shape(q, a):
+    return 'PEFT takes its shapes from the packed 4-bit weight' if q.usual.weights<8 else ''
+
+def _loses_scales(q, a):
+    return 'PEFT loses the scales after the first step' if _by_bnb(q, 8) else ''
+
+def _mixes_dtypes(*bits):
+    "Refuse bitsandbytes' layers of so many bits under a head that is not fp32"
+    why = 'PEFT mixes fp32 and bf16 there; give base_quant_args head="fp32"'
+    return lambda q, a: why if _by_bnb(q, *bits) and a.get('head')!='fp32' else ''
+
+def _by_bnb(q, *bits): return getattr(q, 'library', '')=='bitsandbytes' and q.usual.weights in bits
+
 # %% ../nbs/41_methods.ipynb #9a54721b
 def _all_params(layers, a, model): return sum(math.prod(p.shape) for p in model.parameters())
 
@@ -85,6 +101,7 @@ def magnitudes_moved(model,    # After training
 # %% ../nbs/41_methods.ipynb #8e6b42ec
 @method(title='DoRa', count=per_layer(lambda i,o,a: a.r*(i+o) + o), tiny=dict(r=4),
         checks=[scaled(lambda a: a.alpha/a.r), magnitudes_moved], reads_base='lora_magnitude_vector',
+        refuses=_loses_scales,
         rates=dict(nano=1e-2, small=1e-3, full=2e-4))
 def dora(r:int=8,               # Rank of the update of the direction
          alpha:float=16,        # That update is scaled by alpha/r
@@ -108,7 +125,7 @@ def residual_changed(model,    # After training
 
 # %% ../nbs/41_methods.ipynb #c700c921
 @method(title='PiSSA', count=lora.count, tiny=dict(r=4),
-        checks=[scaled(lambda a: a.alpha/a.r), low_rank(), residual_changed],
+        checks=[scaled(lambda a: a.alpha/a.r), low_rank(), residual_changed], refuses=_needs_whole_weight,
         rates=dict(nano=3e-3, small=1e-4, full=1e-4))
 def pissa(r:int=8,               # Singular directions that are trained
           alpha:float=16,        # The update is scaled by alpha/r
@@ -215,6 +232,7 @@ def _first_rank(a): return max(a.r, int(1.5*a.r))
 
 @method(title='AdaLoRa', count=per_layer(lambda i,o,a: _first_rank(a)*(i+o+1)), tiny=dict(r=4),
         checks=[low_rank(_first_rank)], schedule=AdaLoraSchedule, frozen='ranknum',
+        refuses=_mixes_dtypes(8),
         rates=dict(nano=5e-3, small=5e-4, full=5e-4))
 def adalora(r:int=8,               # Rank after pruning, on average over the layers
             alpha:float=16,        # The update is scaled by alpha/r
@@ -231,7 +249,8 @@ def adalora(r:int=8,               # Rank after pruning, on average over the lay
 def _ia3_count(layers, a, model):
     return sum(i if any(name_fits(n, t) for t in FFN_OUT) else o for n,(i,o) in layers.items())
 
-@method(title='IA3', count=_ia3_count, checks=[], tiny={}, rates=dict(nano=2e-1, small=3e-3, full=3e-3))
+@method(title='IA3', count=_ia3_count, checks=[], tiny={}, refuses=_mixes_dtypes(4, 8),
+        rates=dict(nano=2e-1, small=3e-3, full=3e-3))
 def ia3(targets='ia3'):   # Layers; those in the role of the feed-forward's last product are scaled at their input
     "Scales keys, values and the inner feed-forward activation (Liu et al., 2022, arXiv:2205.05638): out or in a layer"
     from peft import IA3Config
@@ -241,7 +260,8 @@ def ia3(targets='ia3'):   # Layers; those in the role of the feed-forward's last
 
 # %% ../nbs/41_methods.ipynb #ffe67da1
 @method(title='LoHa', count=per_layer(lambda i,o,a: 2*a.r*(i+o)), tiny=dict(r=4),
-        checks=[scaled(lambda a: a.alpha/a.r)], rates=dict(nano=1e-2, small=2e-4, full=2e-4))
+        checks=[scaled(lambda a: a.alpha/a.r)], refuses=_takes_shape,
+        rates=dict(nano=1e-2, small=2e-4, full=2e-4))
 def loha(r:int=8,               # Rank of each of the two products
          alpha:float=16,        # The update is scaled by alpha/r
          dropout:float=0.0,     # Share of training steps that leave a layer's update out
@@ -264,7 +284,8 @@ def _lokr_count(i, o, a):
     return o1*i1 + (a.r*(o2+i2) if a.r < max(o2, i2)/2 else o2*i2)
 
 @method(title='LoKr', count=per_layer(_lokr_count), tiny=dict(r=4),
-        checks=[scaled(lambda a: a.alpha/a.r)], rates=dict(nano=1e-2, small=5e-4, full=5e-4))
+        checks=[scaled(lambda a: a.alpha/a.r)], refuses=_takes_shape,
+        rates=dict(nano=1e-2, small=5e-4, full=5e-4))
 def lokr(r:int=8,               # Rank of the larger part's factors
          alpha:float=16,        # The update is scaled by alpha/r
          dropout:float=0.0,     # Share of training steps that leave a layer's update out

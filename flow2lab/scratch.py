@@ -147,7 +147,7 @@ def train_here(spec):
     import torch
     from flow2lab import contamination, methods, runs, train
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    tok, model = runs.tokenizer_of(spec), runs.start(spec)
+    tok, model = runs.tokenizer_of(spec), runs.load_start(spec)
     data = contamination.training_data(spec.but(eval={}), tok)
     model = methods.attach(model, spec)
     plan = train.plan_training(data, tok, model, spec)
