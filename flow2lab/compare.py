@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from .values import nearest, UserError
-from .metrics import find_metric, fmt, fmt_diff, is_cost, metric_names, no_break, quality_metrics, text_table
+from .metrics import (
+    find_metric, fmt, fmt_diff, is_cost, metric_names, no_break, quality_metrics, text_table)
 from .intervals import holm
 from .fields import Totals
 from .ranks import beats, maybe_pareto, pareto, rank_ranges
@@ -27,7 +28,7 @@ class Comparison:
     metric:str                         # Full name, such as nano_math/accuracy
     unit:str                           # fraction, nats, s, ...
     direction:str                      # max or min: which is better
-    rows:pd.DataFrame                  # Best first: name, value, n, seeds, lo, hi, rank_low, rank_high, pareto, ...
+    rows:pd.DataFrame                  # Best first: name, value, n, seeds, lo, hi, ranks, pareto
     tied_for_first:list                # Names of the methods whose rank may be 1
     baseline:str=None                  # Name that the differences are from
     differences:pd.DataFrame=None      # name, diff, lo, hi, se, p, p_holm, mde
@@ -36,7 +37,8 @@ class Comparison:
     costs:dict=field(default_factory=dict)   # Which metrics the columns memory and seconds hold
 
 # %% ../nbs/67_compare.ipynb #fbc9826a
-MEMORY = 'train/peak_memory', 'train/memory_reserved', 'eval/peak_memory', 'bench/peak_memory', 'bench/size'
+MEMORY = ('train/peak_memory', 'train/memory_reserved', 'eval/peak_memory', 'bench/peak_memory',
+          'bench/size')
 TIME = 'train/seconds', 'eval/seconds', 'bench/seconds'
 
 def _mean_costs(df, groups, metric):
@@ -48,9 +50,12 @@ def _mean_costs(df, groups, metric):
         return 0. if metric.startswith('train/') and still[g].all() else np.nan
     return np.array([mean(g) for g in groups])
 
+# %% ../nbs/67_compare.ipynb #6d16017b
 def _cost(df, groups, name, preferred):
-    "(metric, its mean for each group or nan) of the cost that most groups have, the first preferred; `name` decides"
-    wanted = [find_metric(df, name)[0]] if name else [c for c in preferred if c in df and df[c].notna().any()]
+    """(metric, its mean for each group or nan) of the cost that most groups have, the first
+    preferred; `name` decides"""
+    if name: wanted = [find_metric(df, name)[0]]
+    else: wanted = [c for c in preferred if c in df and df[c].notna().any()]
     known = [(c, _mean_costs(df, groups, c)) for c in wanted]
     return min(known, key=lambda kv: np.isnan(kv[1]).sum(), default=(None, None))
 
@@ -59,11 +64,13 @@ def _cost_notes(costs):
     "What to say about costs; `costs` is [(metric or None, mean costs or None), ...]"
     known = [(k, c) for k,c in costs if c is not None]
     notes = []
-    if not known: notes.append('Pareto front over quality alone: neither memory nor time is recorded')
+    if not known:
+        notes.append('Pareto front over quality alone: neither memory nor time is recorded')
     if len(known)==1: notes.append(f'Pareto front over quality and {known[0][0]}')
     return notes + [f'{int(np.isnan(c).sum())} without {k} cannot be on the Pareto front'
                     for k,c in known if np.isnan(c).any()]
 
+# %% ../nbs/67_compare.ipynb #9476c418
 def _repeat_note(names, groups, runs):
     "What to say about methods with several runs of one seed"
     again = [k for k,g,r in zip(names, groups, runs) if len(g)>len(r)]
@@ -74,30 +81,37 @@ def _repeat_note(names, groups, runs):
 # %% ../nbs/67_compare.ipynb #b1ee253f
 def _rows(df, done, status, f, metric, flags, sign, wanted, alpha, notes):
     "(table of the methods with a value, {column: metric} of its costs); adds to `notes`"
-    names, gs, x, seed = list(done), list(done.values()), df[metric].to_numpy(float), df['seed'].to_numpy()
+    names, gs = list(done), list(done.values())
+    x, seed = df[metric].to_numpy(float), df['seed'].to_numpy()
     runs = [by_seed(seed, g) for g in gs]
     notes += _repeat_note(names, gs, runs)
     value = np.array([np.mean([x[rows].mean() for rows in r.values()]) for r in runs])
     lo, hi = f.ci()
     won = beats(f, sign, alpha)
     low, high = rank_ranges(won)
-    (memory_name, memory), (time_name, seconds) = _cost(df, gs, wanted[0], MEMORY), _cost(df, gs, wanted[1], TIME)
+    memory_name, memory = _cost(df, gs, wanted[0], MEMORY)
+    time_name, seconds = _cost(df, gs, wanted[1], TIME)
     notes += _cost_notes([(memory_name, memory), (time_name, seconds)])
     costs = [c for c in (memory, seconds) if c is not None]
-    t = pd.DataFrame(dict(name=names, value=value, n=np.broadcast_to(f.n, len(gs)), seeds=[len(r) for r in runs],
-                          lo=lo, hi=hi, rank_low=low, rank_high=high, pareto=pareto(sign*value, *costs),
-                          pareto_maybe=maybe_pareto(won, sign*value, *costs), status=[status[k] for k in names]))
+    t = pd.DataFrame(dict(name=names, value=value, n=np.broadcast_to(f.n, len(gs)),
+                          seeds=[len(r) for r in runs],
+                          lo=lo, hi=hi, rank_low=low, rank_high=high,
+                          pareto=pareto(sign*value, *costs),
+                          pareto_maybe=maybe_pareto(won, sign*value, *costs),
+                          status=[status[k] for k in names]))
     if memory is not None: t['memory'] = memory
     if seconds is not None: t['seconds'] = seconds
     for k,v in flags.items(): t[k] = [v[g].sum() for g in gs]
-    t = t.assign(_v=-sign*value).sort_values(['_v','name'], kind='stable').drop(columns='_v').reset_index(drop=True)
+    t = t.assign(_v=-sign*value).sort_values(['_v','name'], kind='stable').drop(columns='_v')
+    t = t.reset_index(drop=True)
     return t, {k: v for k,v in (('memory', memory_name), ('seconds', time_name)) if v}
 
 # %% ../nbs/67_compare.ipynb #f202903e
 def _failures(df, labels, status):
     "Rows for methods of which no run gave a value"
     said = df['message'].fillna('').groupby(df['label']).first() if 'message' in df else {}
-    return pd.DataFrame([dict(name=k, status=status[k], message=str(said.get(k, '')), pareto=False) for k in labels])
+    return pd.DataFrame([dict(name=k, status=status[k], message=str(said.get(k, '')),
+                              pareto=False) for k in labels])
 
 # %% ../nbs/67_compare.ipynb #bb0d0fe7
 def _contamination_notes(df, metric, unit):
@@ -112,17 +126,21 @@ def _contamination_notes(df, metric, unit):
 
 # %% ../nbs/67_compare.ipynb #f5b93586
 def _find_baseline(names, df, done, baseline):
-    "The label of the base: named in full or by a part, or the one untouched model; None if there is none"
+    """The label of the base: named in full or by a part, or the one untouched model; None if there
+    is none"""
     if baseline in names: return baseline
     if baseline is not None:
         fits = [k for k in names if baseline in k]
-        if len(fits)!=1: raise UserError(f'unknown baseline "{baseline}". {nearest(baseline, names)}')
+        if len(fits)!=1:
+            raise UserError(f'unknown baseline "{baseline}". {nearest(baseline, names)}')
         return fits[0]
     still = untouched(df)
     base = [k for k in names if still[done[k]].all()]
-    if len(base)>1 and 'quant' in df: base = [k for k in base if not df['quant'].fillna('').iloc[done[k][0]]]
+    if len(base)>1 and 'quant' in df:
+        base = [k for k in base if not df['quant'].fillna('').iloc[done[k][0]]]
     return base[0] if len(base)==1 else None
 
+# %% ../nbs/67_compare.ipynb #e7396661
 def _with_differences(c, df, done, f, baseline):
     "Add the differences from the base to a Comparison"
     names = list(done)
@@ -133,19 +151,22 @@ def _with_differences(c, df, done, f, baseline):
     t['p_holm'] = holm(t['p'])
     t['at'] = t['name'].map({k: i for i,k in enumerate(c.rows['name'])})
     c.baseline = baseline
-    c.differences = t.sort_values('at')[['name','diff','lo','hi','se','p','p_holm','mde']].reset_index(drop=True)
+    columns = ['name', 'diff', 'lo', 'hi', 'se', 'p', 'p_holm', 'mde']
+    c.differences = t.sort_values('at')[columns].reset_index(drop=True)
     return c
 
 # %% ../nbs/67_compare.ipynb #7a11743b
 def compare(df,                # Records, from `load_records` or `load_any`
-            items=None,        # Items, from `load_items`; read from the run folders if None, unused if False
+            items=None,        # From `load_items`; read from the run folders if None, unused if False
             metric=None,       # By full name, its end or its task; the best known one if None
             baseline=None,     # Name to take differences from; the untouched base if None
-            memory=None,       # Metric of memory that the Pareto front sets against quality; the best known if None
-            time=None,         # And of time
+            memory=None,       # Metric of memory for the Pareto front; the best known if None
+            time=None,         # Metric of time for it
             alpha:float=.05):  # Chance of any false claim in the ranks
-    "A `Comparison` of the methods in `df` by one metric; `UserError` where nothing can be compared"
-    if not len(df): raise UserError('no records to compare. Run a study first, or give other paths.')
+    """A `Comparison` of the methods in `df` by one metric; `UserError` where nothing can be
+    compared"""
+    if not len(df):
+        raise UserError('no records to compare. Run a study first, or give other paths.')
     metric, note = find_metric(df, metric)
     notes, df = [note] if note else [], labelled(df)
     unit, direction = kind_of(df, metric)
@@ -159,9 +180,11 @@ def compare(df,                # Records, from `load_records` or `load_any`
     f, flags = scores_of(df, list(done.values()), metric, items, unit=='fraction', notes)
     sign = 1 if direction=='max' else -1
     rows, costs = _rows(df, done, status, f, metric, flags, sign, (memory, time), alpha, notes)
-    rows = pd.concat([rows, _failures(df, [k for k in lost if k not in silent], status)], ignore_index=True)
+    rows = pd.concat([rows, _failures(df, [k for k in lost if k not in silent], status)],
+                     ignore_index=True)
     tied = [k for k,r in zip(rows['name'], rows['rank_low']) if r==1]
-    c = Comparison(metric, unit, direction, rows, tied, notes=notes, paired=not isinstance(f, Totals), costs=costs)
+    c = Comparison(metric, unit, direction, rows, tied, notes=notes,
+                   paired=not isinstance(f, Totals), costs=costs)
     return _with_differences(c, df, done, f, baseline)
 
 # %% ../nbs/67_compare.ipynb #6690d0a0
@@ -180,6 +203,7 @@ def _plain(v):
     if v is None or (isinstance(v, float) and not math.isfinite(v)): return None
     return v.item() if hasattr(v, 'item') else v
 
+# %% ../nbs/67_compare.ipynb #ba9ceff2
 def _plain_row(r):
     "A row of the table as JSON knows it"
     r = {k: _plain(v) for k,v in r.items()}
@@ -187,13 +211,15 @@ def _plain_row(r):
     for k in 'n', 'rank_low', 'rank_high', 'seeds', 'truncated', 'unparsed':
         if r.get(k) is not None: r[k] = int(r[k])
     r['pareto'], r['pareto_maybe'] = bool(r.get('pareto')), bool(r.get('pareto_maybe'))
-    return dict({k: v for k,v in r.items() if v is not None or k in ('value','n','rank_low','rank_high')},
+    return dict({k: v for k,v in r.items() if v is not None
+                 or k in ('value','n','rank_low','rank_high')},
                 metric=r.get('value'), ci95=None if lo is None else [lo, hi])
 
 # %% ../nbs/67_compare.ipynb #08c441b6
 @patch
 def to_dict(self:Comparison):
-    "Plain JSON: rows (name, metric, n, ci95, rank_low, rank_high, pareto, ...), tied_for_first, differences, notes"
+    """Plain JSON: rows (name, metric, n, ci95, rank_low, rank_high, pareto, ...), tied_for_first,
+    differences, notes"""
     diffs = [] if self.differences is None else self.differences.to_dict('records')
     return dict(metric=self.metric, unit=self.unit, direction=self.direction, paired=self.paired,
                 rows=[_plain_row(r) for r in self.rows.to_dict('records')],
@@ -215,6 +241,7 @@ def _versus(self:Comparison, name, d):
     if name==self.baseline: return 'base', ''
     return ('-', '-') if d is None else (fmt_diff(d['diff'], self.unit), f'{d["p_holm"]:.2g}')
 
+# %% ../nbs/67_compare.ipynb #dffce122
 @patch
 def _shown_row(self:Comparison, r, differences, sizes, flagged, failed):
     "One row of the table as text"
@@ -222,8 +249,10 @@ def _shown_row(self:Comparison, r, differences, sizes, flagged, failed):
              self.metric: fmt(r.get('value'), self.unit)}
     if sizes: shown['n'] = '-' if pd.isna(r['n']) else f'{r["n"]:,.0f}'
     lo, hi = r.get('lo', math.nan), r.get('hi', math.nan)
-    shown['95% interval'] = '-' if math.isnan(lo) else f'{fmt(lo, self.unit)} to {fmt(hi, self.unit)}'
-    if differences: shown['vs base'], shown['p (Holm)'] = self._versus(r['name'], differences.get(r['name']))
+    interval = f'{fmt(lo, self.unit)} to {fmt(hi, self.unit)}'
+    shown['95% interval'] = '-' if math.isnan(lo) else interval
+    if differences:
+        shown['vs base'], shown['p (Holm)'] = self._versus(r['name'], differences.get(r['name']))
     if 'memory' in r: shown['memory'] = fmt(r['memory'], 'bytes')
     if 'seconds' in r: shown['time'] = fmt(r['seconds'], 's')
     maybe = 'maybe' if r.get('pareto_maybe')==True else ''
@@ -236,39 +265,48 @@ def _shown_row(self:Comparison, r, differences, sizes, flagged, failed):
 @patch
 def table(self:Comparison):
     "Rows of text for display: a list of dicts, column to text"
-    differences = {} if self.differences is None else {r['name']: r for r in self.differences.to_dict('records')}
-    flagged = [k for k in ('truncated', 'unparsed') if k in self.rows and self.rows[k].fillna(0).any()]
+    found = [] if self.differences is None else self.differences.to_dict('records')
+    differences = {r['name']: r for r in found}
+    flagged = [k for k in ('truncated', 'unparsed') if k in self.rows
+               and self.rows[k].fillna(0).any()]
     sizes = self.rows['n'].dropna().nunique()>1 if 'n' in self.rows else False
     failed = (self.rows['status']!='ok').any()
-    return [self._shown_row(r, differences, sizes, flagged, failed) for r in self.rows.to_dict('records')]
+    return [self._shown_row(r, differences, sizes, flagged, failed)
+            for r in self.rows.to_dict('records')]
 
 # %% ../nbs/67_compare.ipynb #ae5b2964
 KEY = {
-    'rank': 'with 95% confidence the method is in this place, such as "1 to 16"; those whose range begins at 1 are '
-            'tied for first, and two are tied where the data cannot tell which is better',
+    'rank': 'with 95% confidence the method is in this place, such as "1 to 16"; those whose range '
+            'begins at 1 are tied for first, and two are tied where the data cannot tell which is '
+            'better',
     '95% interval': 'over the items drawn and, where there are several, the seeds trained',
-    'vs base': 'difference from the base, in points where the score is a share, paired by item and seed',
-    'p (Holm)': 'how surprising that difference would be by chance, corrected for the number of comparisons; '
-                'below 0.05 it counts',
-    'memory': 'the most that training held at once: weights, gradients, optimizer and activations; 0 B for the '
-              'untouched base, which nobody trained',
+    'vs base': 'difference from the base, in points where the score is a share, paired by item '
+               'and seed',
+    'p (Holm)': 'how surprising that difference would be by chance, corrected for the number of '
+                'comparisons; below 0.05 it counts',
+    'memory': 'the most that training held at once: weights, gradients, optimizer and '
+              'activations; 0 B for the untouched base, which nobody trained',
     'time': 'seconds of training; 0 s for the untouched base',
-    'Pareto': 'yes: no other is at least as good in quality, memory and time and better in one of them; maybe: no '
-              'other that costs no more is better by more than chance',
+    'Pareto': 'yes: no other is at least as good in quality, memory and time and better in one of '
+              'them; maybe: no other that costs no more is better by more than chance',
     'n': 'items behind the score', 'truncated': 'answers cut off at the limit of their length',
     'unparsed': 'answers in which no result was found; they count as wrong',
-    'name': 'model-data_training_method_quantization: LoRa8 is LoRA of rank 8, NoPeft full fine-tuning, NoSFT the '
-            'untouched base; QLORA_w4 trained on a base of 4 bits; NF4_w4 and INT8_w8 quantized afterwards to 4 and '
-            '8 bits; headfp32 or headbf16 is the precision of the output layer'}
+    'name': 'model-data_training_method_quantization: LoRa8 is LoRA of rank 8, NoPeft full '
+            'fine-tuning, NoSFT the untouched base; QLORA_w4 trained on a base of 4 bits; NF4_w4 '
+            'and INT8_w8 quantized afterwards to 4 and 8 bits; headfp32 or headbf16 is the '
+            'precision of the output layer'}
 
 @patch
 def key(self:Comparison):
-    "[(column, meaning), ...] for the columns of this table; of names and costs only what they need"
+    """[(column, meaning), ...] for the columns of this table; of names and costs only what they
+    need"""
     shown = self.table()[0] if len(self.rows) else {}
     named = any(re.search(r'_(NoSFT|SFT|PT|DPO)_', n) for n in self.rows['name'])
     known = [(k, v) for k,v in KEY.items() if k in shown and (k!='name' or named)]
-    cost = {text: self.costs[c] for c,text in (('memory', 'memory'), ('seconds', 'time')) if c in self.costs}
-    other = {k: f'the metric {m}' for k,m in cost.items() if not m.startswith('train/')}     # not what KEY says
+    cost = {text: self.costs[c] for c,text in (('memory', 'memory'), ('seconds', 'time'))
+            if c in self.costs}
+    # not what KEY says
+    other = {k: f'the metric {m}' for k,m in cost.items() if not m.startswith('train/')}
     return [(k, other.get(k, v)) for k,v in known]
 
 # %% ../nbs/67_compare.ipynb #d69b1f1b
@@ -291,30 +329,35 @@ def _repr_html_(self:Comparison):
     better = f'{self.metric}, {"more" if self.direction=="max" else "less"} is better'
     numbers = [c for c in self.table()[0] if c not in ('name', 'status', 'Pareto')]
     gt = GT(cells, id='compare-'+re.sub(r'\W+', '-', self.metric))
-    gt = gt.tab_header(self.claim()[:1].upper()+self.claim()[1:], better).cols_align('right', numbers)
+    gt = gt.tab_header(self.claim()[:1].upper()+self.claim()[1:], better)
+    gt = gt.cols_align('right', numbers)
     gt = gt.tab_options(table_font_size='14px', data_row_padding='4px')
     for n in self.notes: gt = gt.tab_source_note(n[:1].upper()+n[1:])
     return gt.as_raw_html()
 
 # %% ../nbs/67_compare.ipynb #34f27769
 CATEGORIES = {'least training memory': 'train/peak_memory', 'fastest training': 'train/seconds',
-              'fewest trained parameters': 'train/trainable', 'least evaluation memory': 'eval/peak_memory',
+              'fewest trained parameters': 'train/trainable',
+              'least evaluation memory': 'eval/peak_memory',
               'smallest on disk': 'bench/size', 'fastest decode': 'bench/decode'}
 
 def best_by(df,                # Records
             items=None,        # Items, from `load_items`; read from the run folders if None
             categories=None):  # {label: metric}; every task's quality and the usual costs if None
-    "A DataFrame with one row per category: who is best, its value and unit, and who is tied with it"
+    """A DataFrame with one row per category: who is best, its value and unit, and who is tied with
+    it"""
     ok = df[df['status']=='ok'] if 'status' in df else df
     known = [c for c in metric_names(df) if ok[c].notna().sum()>0]
     cats = categories or {**{f'best {c}': c for c in quality_metrics(ok)},
                           **{k: c for k,c in CATEGORIES.items() if c in known}}
     out = []
     for label,m in cats.items():
-        use = ok[~untouched(ok)] if m.startswith('train/') else ok           # what was not trained wins nothing
+        # what was not trained wins nothing
+        use = ok[~untouched(ok)] if m.startswith('train/') else ok
         c = compare(use, items if not is_cost(m) else False, m)
         best = c.rows.iloc[0]
         sure = np.isfinite(c.rows['lo'].astype(float)).all()
         out.append(dict(category=label, best=best['name'], value=best['value'], unit=c.unit,
-                        tied_with=', '.join(k for k in c.tied_for_first if k!=best['name']) if sure else ''))
+                        tied_with=', '.join(k for k in c.tied_for_first if k!=best['name'])
+                        if sure else ''))
     return pd.DataFrame(out)

@@ -16,12 +16,12 @@ from .ranks import beats
 
 # %% ../nbs/65_coverage.ipynb #dd596f94
 def simulate_scores(rng,                  # numpy Generator
-                    ability=(0.3, 0.3),   # (K,) of each method, in standard deviations of the latent score
+                    ability=(0.3, 0.3),   # (K,) of each method, in units of the latent score
                     S:int=3,              # Seeds
                     n:int=200,            # Items
-                    seed_sd=.1,           # Luck of the seeds, one or (K,); .1 moves the score by some 3 points
+                    seed_sd=.1,           # Luck of the seeds, one or (K,); .1 is some 3 points
                     item_sd:float=1.,     # How much the items differ in difficulty
-                    suit_sd:float=.5,     # How much each method has items of its own that it finds easy
+                    suit_sd:float=.5,     # How much the easy items differ by method
                     rest_sd:float=.5):    # What neither explains
     "(scores (K, S, n) of 0 and 1, true score (K,) of each method)"
     mu, K = np.asarray(ability, float), len(ability)
@@ -40,7 +40,8 @@ def coverage(draws:int=2000,       # Simulated studies
              base:bool=False,      # Is the last one an untouched base, without seeds?
              seed:int=0,           # Of the simulation
              **sizes):             # S, n and the other arguments of `simulate_scores`
-    "How often the 95% intervals hold the truth: own, difference (from the last), first (of these); and any_claim"
+    """How often the 95% intervals hold the truth: own, difference (from the last), first (of
+    these); and any_claim"""
     r, out, K = np.random.default_rng(seed), [], len(ability)
     luck = np.where(np.arange(K)==K-1, 0, seed_sd) if base else seed_sd
     def holds(low, high, truth): return (low<=truth) & (truth<=high)

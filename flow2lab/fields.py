@@ -17,7 +17,8 @@ from .intervals import (
 
 # %% ../nbs/63_fields.ipynb #1fc63212
 class Scores:
-    "The scores of K methods: `ci`, `pairs`, `kinds`, `crit`, `p_value` differ by kind of data, `against` is one for all"
+    """The scores of K methods: `ci`, `pairs`, `kinds`, `crit`, `p_value` differ by kind of data,
+    `against` is one for all"""
     def kinds(self,
               i=slice(None),   # Methods of the rows
               j=slice(None)):  # Methods of the columns
@@ -28,13 +29,14 @@ class Scores:
 @patch
 def against(self:Scores,
             j:int):   # Position of the method to take differences from
-    "Differences from method `j`: (K,) arrays diff, se, lo, hi (95%), p, and mde, the smallest detectable difference"
+    """Differences from method `j`: (K,) arrays diff, se, lo, hi (95%), p, and mde, the smallest
+    detectable difference"""
     diff, var, w, kind = (x[:,0] if np.ndim(x) else x for x in self.pairs(slice(None), [j]))
     se = np.sqrt(var)
     t = np.divide(diff, se, out=np.zeros_like(diff), where=se>0)
     c = self.crit(w, kind)
     lo, hi = diff-c*se, diff+c*se
-    if self.share: lo, hi = np.maximum(lo, -1), np.minimum(hi, 1)     # two shares differ by 1 at most
+    if self.share: lo, hi = np.maximum(lo, -1), np.minimum(hi, 1)    # shares differ by 1 at most
     mde = (c + NormalDist().inv_cdf(.8))*se
     return AttrDict(diff=diff, se=se, lo=lo, hi=hi, p=self.p_value(t, w, kind), mde=mde)
 
@@ -43,7 +45,7 @@ class Field(Scores):
     "The scores of K methods on the same n items"
     def __init__(self,
                  ys,             # K arrays of scores (S, n)
-                 fixed=None,     # (K,) for each, whether it has no seed (nothing was trained); nobody if None
+                 fixed=None,     # (K,) for each, whether it has no seed (was not trained)
                  seeds=None,     # For each, the seeds of its rows; 0 to S-1 if None
                  share=None):    # Are scores within 0 and 1? Looked at if None
         ys = [np.atleast_2d(np.asarray(y, float)) for y in ys]
@@ -66,18 +68,20 @@ def _item_parts(self:Field, ys):
     "`cov`, the (K, K) covariance of what the items contribute"
     rest = [y - y.mean(0) - y.mean(1, keepdims=True) + y.mean() for y in ys]
     d = (self.n-1)*np.maximum(self.S-1, 1)
-    kind = np.float64 if self.K<2000 else np.float32                      # ten thousand methods: 400 MB
+    kind = np.float64 if self.K<2000 else np.float32    # ten thousand methods: 400 MB
     centred = (self.items - self.value[:,None]).astype(kind)
     self.cov = centred @ centred.T/kind(self.n-1)
     if self.crossed:
-        r = np.array([np.broadcast_to(x, (self.S.max(), self.n)).ravel() for x in rest], kind)     # (K, S n)
+        # (K, S n)
+        r = np.array([np.broadcast_to(x, (self.S.max(), self.n)).ravel() for x in rest], kind)
         self.cov -= r @ r.T/kind(d.max()*self.S.max())
     else: self.cov[np.diag_indices(self.K)] -= [(r**2).sum()/k/s for r,k,s in zip(rest, d, self.S)]
 
 # %% ../nbs/63_fields.ipynb #830768ed
 @patch
 def _seed_parts(self:Field, means):
-    "(K,) seed variance of each method in its own interval (`own_var`) and in differences of trained ones (`pair_var`)"
+    """(K,) seed variance of each method in its own interval (`own_var`) and in differences of
+    trained ones (`pair_var`)"""
     df = np.where(self.fixed, 0, self.S-1)
     s2 = np.array([m.var(ddof=1) if d else 0. for m,d in zip(means, df)])
     self.unstable = unstable_methods(s2, df)
@@ -87,7 +91,7 @@ def _seed_parts(self:Field, means):
     self.df_unstable = int(df[self.unstable].min()) if self.unstable.any() else self.df_own
     self.pair_var, self.df_pair, k = self.own_var, self.df_own, int(stable.sum())
     if self.crossed and k>1:
-        m = np.array([x for x,c in zip(means, stable) if c])                                       # (k, S)
+        m = np.array([x for x,c in zip(means, stable) if c])    # (k, S)
         r = m - m.mean(1, keepdims=True) - m.mean(0) + m.mean()
         s2, self.df_pair = (r**2).sum(1)/(m.shape[1]-1)*k/(k-1), (k-1)*(m.shape[1]-1)
         self.pair_var = self.own_var.copy()
@@ -104,12 +108,15 @@ def variance(self:Field):
 def _bootstrap(self:Field, vi, vs, draws, seed):
     "95% interval (low, high) of each value by resampling items and drawing the seeds' part"
     r = np.random.default_rng(seed)
-    weights = r.multinomial(self.n, np.full(self.n, 1/self.n), draws)/self.n                       # (draws, n)
-    scale = np.sqrt(vi/np.maximum(self.items.var(1, ddof=1)/self.n, 1e-300))     # residuals belong to the seeds
-    def draw(df): return r.standard_t(df, (draws, 1)) if math.isfinite(df) else r.standard_normal((draws, 1))
+    weights = r.multinomial(self.n, np.full(self.n, 1/self.n), draws)/self.n    # (draws, n)
+    # residuals belong to the seeds
+    scale = np.sqrt(vi/np.maximum(self.items.var(1, ddof=1)/self.n, 1e-300))
+    def draw(df):
+        return r.standard_t(df, (draws, 1)) if math.isfinite(df) else r.standard_normal((draws, 1))
     t = draw(self.df_own)
     if self.unstable.any(): t = np.where(self.unstable, draw(self.df_unstable), t)
-    means = self.value + (weights @ self.items.T - self.items.mean(1))*scale + t*np.sqrt(vs)       # (draws, K)
+    # (draws, K)
+    means = self.value + (weights @ self.items.T - self.items.mean(1))*scale + t*np.sqrt(vs)
     return np.quantile(means, [.025, .975], axis=0)
 
 # %% ../nbs/63_fields.ipynb #0d873332
@@ -131,7 +138,7 @@ def ci(self:Field,
 
 # %% ../nbs/63_fields.ipynb #29dacf5b
 def mean_ci(y,             # (S, n) scores, or (n,) for one run
-            fixed=None):   # Nothing was trained, so there is no seed; one run counts as that if None
+            fixed=None):   # Has it no seed (was it not trained)? One run has none if None
     "95% interval (low, high) of one method's mean score over seeds and items"
     y = np.atleast_2d(np.asarray(y, float))
     return tuple(float(x[0]) for x in Field([y], [len(y)==1 if fixed is None else fixed]).ci())
@@ -140,7 +147,8 @@ def mean_ci(y,             # (S, n) scores, or (n,) for one run
 def bootstrap_ci(y,               # (S, n) scores, or (n,) for one run
                  draws:int=2000,  # Bootstrap samples
                  seed:int=0):     # Of the random numbers
-    "95% interval (low, high) of the mean of scores that are no shares, by the hierarchical bootstrap"
+    """95% interval (low, high) of the mean of scores that are no shares, by the hierarchical
+    bootstrap"""
     y = np.atleast_2d(np.asarray(y, float))
     f = Field([y], [len(y)==1], share=False)
     return tuple(float(x[0]) for x in f.ci(draws, seed))
@@ -159,7 +167,8 @@ def kinds(self:Field,
 def pairs(self:Field,
           i=slice(None),   # Methods of the rows
           j=slice(None)):  # Methods of the columns
-    "(difference, its variance, the part due to seeds, kind), each (i, j); the part is one 0 where nobody has seeds"
+    """(difference, its variance, the part due to seeds, kind), each (i, j); the part is one 0
+    where nobody has seeds"""
     m, c, f, S = self.value, np.diag(self.cov), self.fixed, self.S
     v = np.maximum(c[i][:,None] + c[j][None] - 2*self.cov[i][:,j], 0)/self.n
     if self.share:
@@ -208,12 +217,14 @@ class UnevenField(Scores):
         ys = [np.atleast_2d(np.asarray(y, float)) for y in ys]
         self.K, self.fixed, self.seeded = len(ys), np.array(fixed, bool), True
         self.S = np.array([len(y) for y in ys])
-        has = np.array([~np.isnan(y).any(0) for y in ys])                         # (K, n): was it asked?
-        self.n, self.shared = has.sum(1), has.astype(int) @ has.T.astype(int)     # (K,), (K, K) items
+        has = np.array([~np.isnan(y).any(0) for y in ys])    # (K, n): was it asked?
+        self.n, self.shared = has.sum(1), has.astype(int) @ has.T.astype(int)  # (K,), (K, K) items
         self.share = all(np.nanmin(y)>=0 and np.nanmax(y)<=1 for y in ys)
         self.value, self.lo, self.hi = np.empty((3, self.K))
-        self.diff, self.var, self.w, self.df = (np.full((self.K, self.K), x) for x in (0., np.nan, 0., 1.))
-        def field(ks, items): return Field([ys[k][:,items] for k in ks], self.fixed[ks], [seeds[k] for k in ks])
+        self.diff, self.var, self.w, self.df = (np.full((self.K, self.K), x)
+                                                for x in (0., np.nan, 0., 1.))
+        def field(ks, items):
+            return Field([ys[k][:,items] for k in ks], self.fixed[ks], [seeds[k] for k in ks])
         groups = {}
         for k,items in enumerate(has): groups.setdefault(items.tobytes(), []).append(k)
         self._fill_groups(list(groups.values()), has, field)
@@ -221,7 +232,8 @@ class UnevenField(Scores):
 # %% ../nbs/63_fields.ipynb #630dc974
 @patch
 def _fill_groups(self:UnevenField, groups, has, field):
-    "Take values and intervals from each group's Field, and pairs from it and from the Fields of two groups"
+    """Take values and intervals from each group's Field, and pairs from it and from the Fields of
+    two groups"""
     for i,a in enumerate(groups):
         f = field(a, has[a[0]])
         self.value[a], (self.lo[a], self.hi[a]) = f.value, f.ci()
@@ -231,10 +243,12 @@ def _fill_groups(self:UnevenField, groups, has, field):
 
 @patch
 def _fill(self:UnevenField, ks, f, cut=None):
-    "Take the pairs of the methods `ks` from their Field; with `cut` only those across, the first `cut` with the rest"
+    """Take the pairs of the methods `ks` from their Field; with `cut` only those across, the first
+    `cut` with the rest"""
     d, v, w, kind = f.pairs()
     df, n = f._each_kind(kind, lambda df: df), len(ks)
-    across = np.ones((n, n), bool) if cut is None else (np.arange(n)<cut)[:,None] != (np.arange(n)<cut)
+    first = np.arange(n)<cut if cut is not None else None
+    across = np.ones((n, n), bool) if cut is None else first[:,None] != first
     for mine,x in (self.diff, d), (self.var, v), (self.w, w), (self.df, df):
         mine[np.ix_(ks, ks)] = np.where(across, x, mine[np.ix_(ks, ks)])
 
@@ -257,7 +271,8 @@ def kinds(self:UnevenField,
 def pairs(self:UnevenField,
           i=slice(None),   # Methods of the rows
           j=slice(None)):  # Methods of the columns
-    "(difference, its variance, the part due to seeds, kind), each (i, j); the variance is nan without shared items"
+    """(difference, its variance, the part due to seeds, kind), each (i, j); the variance is nan
+    without shared items"""
     # a copy of the variance: who sorts thousands of pairs writes into it
     return self.diff[i][:,j], self.var[i][:,j].copy(), self.w[i][:,j], self.kinds(i, j)
 
@@ -277,14 +292,16 @@ def p_value(self:UnevenField,
             w,      # Part of their variance due to seeds
             kind):  # From `kinds`
     "p of each difference, of the shape of `t`"
-    one = [float(cochran_p(*x)) for x in zip(t.ravel(), w.ravel(), kind[...,0].ravel(), kind[...,1].ravel())]
+    one = [float(cochran_p(*x))
+           for x in zip(t.ravel(), w.ravel(), kind[...,0].ravel(), kind[...,1].ravel())]
     return np.array(one).reshape(t.shape)
 
 # %% ../nbs/63_fields.ipynb #2bccc383
 @patch
 def against(self:UnevenField,
             j:int):   # Position of the method to take differences from
-    "As `Scores.against`, each difference over the items that the two share; nan where they share fewer than two"
+    """As `Scores.against`, each difference over the items that the two share; nan where they share
+    fewer than two"""
     got = Scores.against(self, j)
     lost = np.isnan(got.se)
     got.diff, got.p = np.where(lost, np.nan, got.diff), np.where(lost, np.nan, got.p)
@@ -309,16 +326,17 @@ class Totals(Scores):
         s2, self.df = pool_seeds(np.zeros(self.K) if seed_var is None else seed_var, df)
         self.vs = np.where(still, 0, s2)/self.seeds
         se = np.full(self.K, np.nan) if se is None else np.asarray(se, float)
-        q = (self.value*self.n+1)/(self.n+2)                              # one success and one failure more
+        q = (self.value*self.n+1)/(self.n+2)    # one success and one failure more
         self.shifted = np.where(self.known, q, self.value)
         self.vi = np.where(self.known, q*(1-q)/(self.n+2), np.square(se))
-        if math.isfinite(self.df): self.vi = np.nan_to_num(self.vi)       # the seeds alone must decide
+        if math.isfinite(self.df): self.vi = np.nan_to_num(self.vi)   # the seeds alone must decide
         self.fixed, self.seeded = np.zeros(self.K, bool), bool((df>0).any())
 
 # %% ../nbs/63_fields.ipynb #63a53679
 @patch
 def ci(self:Totals):
-    "(low, high), each (K,): the 95% interval of each value; nan where neither items nor a standard error are known"
+    """(low, high), each (K,): the 95% interval of each value; nan where neither items nor a
+    standard error are known"""
     v = self.vi + self.vs
     w = np.divide(self.vs, v, out=np.zeros_like(v), where=v>0)
     c = cochran_critical(w, self.df, math.inf)

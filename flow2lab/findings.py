@@ -31,7 +31,7 @@ class Finding:
     source:str             # Who found it: a paper, an earlier study, or prediction
     better:str             # Name of the method that is claimed to be better
     worse:str              # Name of the other
-    metric:str             # Full name, or val_loss@tokens, @flops, @seconds for losses at equal cost
+    metric:str             # Full name, or val_loss@tokens, @flops, @seconds at equal cost
     diff:float             # Better minus worse, positive where the claim points
     lo:float               # Its 95% interval
     hi:float
@@ -52,6 +52,7 @@ def to_dict(self:Finding):
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k,v in dict(self.__dict__, verdict=self.verdict).items()}
 
+# %% ../nbs/76_findings.ipynb #40bb6378
 @patch
 def __repr__(self:Finding):
     u = ' points' if self.unit=='fraction' else f' {self.unit}'
@@ -64,7 +65,8 @@ def __repr__(self:Finding):
 COSTS = 'tokens', 'flops', 'seconds'
 
 def curves(df):   # Records of trainings
-    "The looks at the held-out loss: name, seed, step, `val_loss` [nats] and what was spent by then in each of `COSTS`"
+    """The looks at the held-out loss: name, seed, step, `val_loss` [nats] and what was spent by
+    then in each of `COSTS`"""
     s = load_steps(df)
     s = s[s['val_loss'].notna()].merge(df[['id', 'train/flops', 'train/tokens']], on='id')
     s = s.assign(flops=s['tokens']*s['train/flops']/s['train/tokens'])
@@ -74,7 +76,8 @@ def curves(df):   # Records of trainings
 def loss_at(df,                  # Records of trainings
             cost:str='tokens',   # One of COSTS
             part:float=1.):      # Of all that the cheapest training spends
-    "(held-out loss [nats] as a DataFrame name x seed, what was spent), when every run has spent the same"
+    """(held-out loss [nats] as a DataFrame name x seed, what was spent), when every run has spent
+    the same"""
     check_names('cost', [cost], COSTS)
     c = curves(df)
     runs = c.groupby(['name', 'seed'])
@@ -82,6 +85,7 @@ def loss_at(df,                  # Records of trainings
     def read(g): return np.interp(np.log(spent), np.log(g[cost]), g['val_loss'])
     return runs[[cost, 'val_loss']].apply(read).unstack(), spent
 
+# %% ../nbs/76_findings.ipynb #5916e22a
 def _loss_gap(df, better, worse, metric):
     "Loss of `worse` minus that of `better`, paired by seed, with the t interval over seeds"
     cost, _, k = metric.partition('@')[2].partition('/')
@@ -93,18 +97,22 @@ def finding(claim:str,        # In words
             df,               # Records that hold both
             better:str,       # Name of the runs that are claimed to be better
             worse:str,        # Of the others
-            metric:str,       # Full name; `val_loss@flops/4`: lose less when a quarter of the operations is spent
+            metric:str,       # Full name; `val_loss@flops/4`: lose less at a quarter of the FLOPs
             source:str='',    # Who found it
             margin:float=0.): # The claim is of more than this, in the unit of the metric
-    "A `Finding`: is `better` better than `worse` by more than `margin`? `UserError` where one has no record"
+    """A `Finding`: is `better` better than `worse` by more than `margin`? `UserError` where one
+    has no record"""
     for n in (better, worse):
-        if n not in set(df['name']): raise UserError(f'no record of "{n}". {nearest(n, set(df["name"]))}')
+        if n not in set(df['name']):
+            raise UserError(f'no record of "{n}". {nearest(n, set(df["name"]))}')
     if metric.startswith('val_loss@'):
-        return Finding(claim, source, better, worse, metric, *_loss_gap(df, better, worse, metric), margin, 'nats')
+        return Finding(claim, source, better, worse, metric, *_loss_gap(df, better, worse, metric),
+                       margin, 'nats')
     c = compare(df[df['name'].isin([better, worse])], metric=metric, baseline=worse)
     r, sign = c.differences.set_index('name').loc[better], 1 if c.direction!='min' else -1
     lo, hi = sorted((sign*r['lo'], sign*r['hi']))
-    return Finding(claim, source, better, worse, metric, sign*float(r['diff']), float(lo), float(hi), margin, c.unit)
+    return Finding(claim, source, better, worse, metric, sign*float(r['diff']), float(lo),
+                   float(hi), margin, c.unit)
 
 # %% ../nbs/76_findings.ipynb #958cefd7
 def findings_table(fs):   # A list of `Finding`
@@ -123,25 +131,31 @@ def finding_line(f:dict):      # From `Finding.to_dict`, or of answer.json
 
 # %% ../nbs/76_findings.ipynb #504d0fb6
 def conclusion(findings):   # A list of `Finding`, or of their dicts from answer.json
-    "One sentence: how many findings are supported, refuted and undecided, each with its difference and 95% interval"
+    """One sentence: how many findings are supported, refuted and undecided, each with its
+    difference and 95% interval"""
     fs = [f if isinstance(f, dict) else f.to_dict() for f in findings]
     if not fs: return 'No finding was put to the records.'
     def numbers(f):
         diff, lo, hi = (fmt_diff(f[k], f['unit']) for k in ('diff', 'lo', 'hi'))
         return f'{diff} [{lo}, {hi}] {_points(f["unit"])}'
-    if len(fs)==1: return f'The finding that {fs[0]["claim"]} is {fs[0]["verdict"]}: {numbers(fs[0])}.'
+    if len(fs)==1:
+        return f'The finding that {fs[0]["claim"]} is {fs[0]["verdict"]}: {numbers(fs[0])}.'
     said = []
     for verdict in 'supported', 'refuted', 'undecided':
         group = [f for f in fs if f['verdict']==verdict]
         claims = '; '.join(f'{f["claim"]}: {numbers(f)}' for f in group)
-        if group: said.append(f'{len(group)} {"is" if len(group)==1 else "are"} {verdict} ({claims})')
-    return f'Of {len(fs)} findings ' + ', '.join(said[:-1]) + (' and ' if len(said)>1 else '') + said[-1] + '.'
+        if group:
+            said.append(f'{len(group)} {"is" if len(group)==1 else "are"} {verdict} ({claims})')
+    listed = said[-1] if len(said)==1 else ', '.join(said[:-1]) + ' and ' + said[-1]
+    return f'Of {len(fs)} findings {listed}.'
 
 # %% ../nbs/76_findings.ipynb #c55e3e18
 def reference_findings(study:str):   # Name of a study in the reference records
     "The findings of `study` in the reference records, as dicts"
-    return json.loads(project_path(setting('reference'), study, 'answer.json').read_text(encoding='utf-8'))['findings']
+    answer = project_path(setting('reference'), study, 'answer.json')
+    return json.loads(answer.read_text(encoding='utf-8'))['findings']
 
+# %% ../nbs/76_findings.ipynb #9c3c9ed4
 def print_reference(study:str):   # Name of a study in the reference records
     "Print the findings of `study` in the reference records, one per line"
     for f in reference_findings(study): print(finding_line(f))

@@ -25,16 +25,18 @@ def _simulated_metrics(rng, task, name, r, y, trained):
     if not trained: return got
     memory = size[name]*(1+r/400)*(1+.01*rng.random())
     seconds = 60*(1+.3*(name=='dora')+.2*(name=='full')+r/300+.05*rng.random())
-    return {**got, 'train/peak_memory': metric(memory, 'bytes', 'min'), 'train/seconds': metric(seconds, 's', 'min')}
+    return {**got, 'train/peak_memory': metric(memory, 'bytes', 'min'),
+            'train/seconds': metric(seconds, 's', 'min')}
 
 # %% ../nbs/66_grouping.ipynb #45d8b404
-SIMULATED = (('full', 0, 1.1), ('lora', 4, .7), ('lora', 16, .95), ('lora', 64, 1.05), ('dora', 16, 1.),
+SIMULATED = (('full', 0, 1.1), ('lora', 4, .7), ('lora', 16, .95), ('lora', 64, 1.05),
+             ('dora', 16, 1.),
              ('vera', 64, .6), ('ia3', 0, .4), ('pissa', 16, .9))       # (method, rank, ability)
 
-def simulate_study(methods=SIMULATED,    # (method, rank, ability) of each, the ability in standard deviations
+def simulate_study(methods=SIMULATED,    # (method, rank, ability) of each
                    seeds:int=3,          # Runs of each method
                    n:int=200,            # Items
-                   seed_sd:float=.06,    # Luck of the seeds, in standard deviations of the latent score
+                   seed_sd:float=.06,    # Luck of the seeds, in units of ability
                    seed:int=0,           # Of the simulation
                    task:str='simulated'):# Name of the task
     "(records, items) of a made-up study: a base, `methods`, and one that ran out of memory"
@@ -46,13 +48,17 @@ def simulate_study(methods=SIMULATED,    # (method, rank, ability) of each, the 
         for s in range(seeds if trained else 1):
             luck = (seed_sd if trained else 0)*rng.normal()
             y = (ability-.2 + hard + suit + luck + .3*rng.normal(size=n) > 0)*1.
-            run = dict(id=f'{k:08x}{s:08x}', name=name, status='ok', base='nano', task=task if trained else '',
-                       method=method, r=r or None, quant='', base_quant='', seed=s, trained=trained, variant=name,
+            run = dict(id=f'{k:08x}{s:08x}', name=name, status='ok', base='nano',
+                       task=task if trained else '',
+                       method=method, r=r or None, quant='', base_quant='', seed=s,
+                       trained=trained, variant=name,
                        metrics=_simulated_metrics(rng, task, method, r, y, trained), message='')
             rows.append(run)
-            items.append(pd.DataFrame(dict(id=run['id'], name=name, seed=s, task=task, item=[f'q{i}' for i in range(n)],
+            items.append(pd.DataFrame(dict(id=run['id'], name=name, seed=s, task=task,
+                                           item=[f'q{i}' for i in range(n)],
                                            score=y, truncated=False, unparsed=rng.random(n)<.01)))
-    failed = dict(rows[-1], name='simulated-full_fp32', method='full', r=None, variant='oom', status='oom',
+    failed = dict(rows[-1], name='simulated-full_fp32', method='full', r=None, variant='oom',
+                  status='oom',
                   message='out of memory at step 1', metrics={})
     rows += [dict(failed, id=f'{99:08x}{s:08x}', seed=s) for s in range(seeds)]
     df = pd.DataFrame(rows)
@@ -74,6 +80,7 @@ def _short(v):
     if v is None or isinstance(v, float) and math.isnan(v): return ''
     return f'{v:g}' if isinstance(v, float) else str(v)
 
+# %% ../nbs/66_grouping.ipynb #443a0bc9
 def method_labels(df):   # Records
     "(runs,) names that are the same just for runs that differ in nothing but the seed"
     labels = df['name'].astype(str).to_numpy(object).copy()
@@ -81,9 +88,11 @@ def method_labels(df):   # Records
     many, rows = df.groupby('name')['variant'].nunique(), df.reset_index(drop=True)
     for name in many.index[many>1]:
         g = rows[rows['name']==name]
-        vary = [c for c in g if c not in _not_fields and '/' not in c and g[c].map(repr).nunique()>1]
+        vary = [c for c in g if c not in _not_fields and '/' not in c
+                and g[c].map(repr).nunique()>1]
         for i,r in g[vary+['variant']].iterrows():
-            differs = ', '.join(f'{c.split(".")[-1]}={_short(r[c])}' for c in vary if _short(r[c])!='')
+            differs = ', '.join(f'{c.split(".")[-1]}={_short(r[c])}' for c in vary
+                                if _short(r[c])!='')
             labels[i] = f'{name} [{differs or "variant "+r["variant"][:6]}]'
     return labels
 
@@ -93,22 +102,28 @@ def labelled(df):   # Records
     df = df.reset_index(drop=True)
     df = df.assign(label=method_labels(df), seed=df['seed'].fillna(0) if 'seed' in df else 0,
                    status=df['status'] if 'status' in df else 'ok')
-    return df.sort_values([c for c in ('label','seed','id') if c in df], kind='stable').reset_index(drop=True)
+    keys = [c for c in ('label','seed','id') if c in df]
+    return df.sort_values(keys, kind='stable').reset_index(drop=True)
 
 # %% ../nbs/66_grouping.ipynb #633a71b1
 def _status(statuses):
     "ok, or what happened to how many of the runs"
     counts = Counter(statuses)
-    return next(iter(counts)) if len(counts)==1 else ', '.join(f'{n} {s}' for s,n in counts.most_common())
+    if len(counts)==1: return next(iter(counts))
+    return ', '.join(f'{n} {s}' for s,n in counts.most_common())
 
+# %% ../nbs/66_grouping.ipynb #73712324
 def groups(df,        # Records, from `labelled`
            metric):   # Full name of a metric
-    "({label: positions of its runs with a value}, {label: status of all its runs}, [labels without a value])"
-    ok, status = (df[metric].notna() & (df['status']=='ok')).to_numpy(), df['status'].to_numpy(object)
+    """({label: positions of its runs with a value}, {label: status of all its runs}, [labels
+    without a value])"""
+    ok = (df[metric].notna() & (df['status']=='ok')).to_numpy()
+    status = df['status'].to_numpy(object)
     every = {}
     for i,k in enumerate(df['label']): every.setdefault(k, []).append(i)
     done = {k: np.array([i for i in g if ok[i]]) for k,g in every.items() if ok[g].any()}
-    return done, {k: _status(status[g]) for k,g in every.items()}, [k for k in every if k not in done]
+    happened = {k: _status(status[g]) for k,g in every.items()}
+    return done, happened, [k for k in every if k not in done]
 
 # %% ../nbs/66_grouping.ipynb #3831c851
 def by_seed(seed,   # (runs,) seed of every run
@@ -121,8 +136,10 @@ def by_seed(seed,   # (runs,) seed of every run
 # %% ../nbs/66_grouping.ipynb #6f88a32d
 def kind_of(df,        # Records
             metric):   # Full name of a metric
-    "(unit, direction) of a metric; a fraction where the records do not say and all values would be one"
-    info = next((m[metric] for m in df.get('metrics', []) if metric in m and m[metric].get('direction')), {})
+    """(unit, direction) of a metric; a fraction where the records do not say and all values would
+    be one"""
+    info = next((m[metric] for m in df.get('metrics', []) if metric in m
+                 and m[metric].get('direction')), {})
     share = df[metric].dropna().between(0, 1).all()
     return info.get('unit', 'fraction' if share else ''), info.get('direction', 'max')
 
@@ -139,13 +156,16 @@ def _item_values(it, key):
     # an item without a value (no number in the answer) stays out
     return score if np.isnan(parsed[:-1]).all() else parsed[code]
 
+# %% ../nbs/66_grouping.ipynb #06b91c47
 def item_scores(df,        # Records
-                items,     # Items, from `load_items`; read from the run folders if None, unused if False
+                items,     # Items, from `load_items`; read from the folders if None, unused if False
                 metric):   # Full name of a metric
-    "(scores (runs, items) with nan for missing, names of the items, {flag: count per run}) or None without items"
+    """(scores (runs, items) with nan for missing, names of the items, {flag: count per run}) or
+    None without items"""
     part, _, key = metric.partition('/')
     if items is False: return None
-    if items is None: rc, it = item_rows(df, ['item','score','metrics','truncated','unparsed'], part)
+    if items is None:
+        rc, it = item_rows(df, ['item','score','metrics','truncated','unparsed'], part)
     else:
         it = items[items['task']==part] if 'task' in items else items
         rc = pd.Index(df['id']).get_indexer(it['id'])
@@ -154,7 +174,8 @@ def item_scores(df,        # Records
     ic, names = pd.factorize(it['item'], sort=True)
     y = np.full((len(df), len(names)), np.nan)
     y[rc, ic] = _item_values(it, key)
-    flags = {c: np.bincount(rc, it[c].to_numpy(bool), len(df)) for c in ('truncated','unparsed') if c in it}
+    flags = {c: np.bincount(rc, it[c].to_numpy(bool), len(df)) for c in ('truncated','unparsed')
+             if c in it}
     return y, names, flags
 
 # %% ../nbs/66_grouping.ipynb #02b4d197
@@ -165,20 +186,23 @@ def explains(y,       # (runs, items) scores, nan for missing
         warnings.simplefilter('ignore', RuntimeWarning)
         m = np.nanmean(y, axis=1)
     ok = ~np.isnan(value)
-    return bool((np.abs(m[ok]-value[ok]) <= 1e-6*np.maximum(1, np.abs(value[ok]))).all())        # nan (no items) is no
+    # nan (no items) is no
+    return bool((np.abs(m[ok]-value[ok]) <= 1e-6*np.maximum(1, np.abs(value[ok]))).all())
 
 # %% ../nbs/66_grouping.ipynb #42b3bf78
-MOST_SETS = 60      # Different sets of items; where every run has its own, all are compared on what all have
+# Different sets of items; where every run has its own, all are compared on what all have
+MOST_SETS = 60
 
 def field_of(df,       # Records, from `labelled`
              groups,   # Positions of each method's runs
              y,        # (runs, items) scores, nan for missing
              notes):   # A list, to which is added what the reader should know
-    "A `Field` of the methods, an `UnevenField` if they answered different items; None where two share fewer than two"
+    """A `Field` of the methods, an `UnevenField` if they answered different items; None where two
+    share fewer than two"""
     still, seed = untouched(df), df['seed'].to_numpy()
     by = [by_seed(seed, g) for g in groups]
     fixed, seeds = [still[g].all() for g in groups], [list(b) for b in by]
-    ys = [np.array([y[rows].mean(0) for rows in b.values()]) for b in by]                     # nan: not asked of all
+    ys = [np.array([y[rows].mean(0) for rows in b.values()]) for b in by]   # nan: not asked of all
     has = np.array([~np.isnan(v).any(0) for v in ys])
     sets = np.unique(has, axis=0)
     if len(sets)>MOST_SETS:
@@ -188,8 +212,8 @@ def field_of(df,       # Records, from `labelled`
         notes.append('the runs have no two items in common: unpaired')
         return None
     if len(sets)>1:
-        notes.append('not all answered the same items (n): each interval is of its own items, each difference and '
-                     'rank of those that the two share')
+        notes.append('not all answered the same items (n): each interval is of its own items, '
+                     'each difference and rank of those that the two share')
         return UnevenField(ys, fixed, seeds)
     n, most = int(has[0].sum()), int((~np.isnan(y[np.concatenate(groups)])).sum(1).max())
     if n<most: notes.append(f'paired over the {n} items that all runs have (some have {most})')
@@ -209,7 +233,8 @@ def totals_of(df,           # Records, from `labelled`
     se = np.array([i['stderr'] if i.get('stderr') else half(i.get('ci95')) for i in info], float)
     def mean(a, g): return np.nan if np.isnan(a[g]).all() else np.nanmean(a[g])
     xs = [np.array([x[rows].mean() for rows in by_seed(seed, g).values()]) for g in groups]
-    return Totals([v.mean() for v in xs], [mean(n, g) for g in groups], [mean(se, g) for g in groups], share,
+    return Totals([v.mean() for v in xs], [mean(n, g) for g in groups],
+                  [mean(se, g) for g in groups], share,
                   [v.var(ddof=1) if len(v)>1 else 0 for v in xs], [len(v) for v in xs],
                   [still[g].all() for g in groups])
 
@@ -218,12 +243,17 @@ def _seed_notes(S):
     "What to say about methods that were trained once; `S` are the seeds of each"
     if not len(S) or (S>1).all(): return []
     if (S>1).any():
-        return [f'{(S==1).sum()} of {len(S)} have one seed: the spread over seeds is taken from the others']
-    return ['one seed each: the intervals cover the items drawn, not what another training would give']
+        return [f'{(S==1).sum()} of {len(S)} have one seed: '
+                'the spread over seeds is taken from the others']
+    return ['one seed each: the intervals cover the items drawn, '
+            'not what another training would give']
 
+# %% ../nbs/66_grouping.ipynb #d4869841
 def _totals_note(share, known):
     "What follows where no items are known"
-    if not known: return 'where neither n nor a standard error is known there is no interval, and nothing is told apart'
+    if not known:
+        return ('where neither n nor a standard error is known there is no interval, '
+                'and nothing is told apart')
     how = f'{"Wilson" if share else "normal"} intervals and unpaired z tests'
     return how + (', which are too cautious if the items were the same' if share else '')
 
@@ -246,6 +276,7 @@ def scores_of(df,           # Records, from `labelled`
                            'compared by its totals, unpaired')
     f = totals_of(df, groups, metric, share)
     known = np.isfinite(f.vi).all()
-    if got is None: notes.append(f'only totals are known, no single items: {_totals_note(share, known)}')
+    if got is None:
+        notes.append(f'only totals are known, no single items: {_totals_note(share, known)}')
     if known: notes += _seed_notes(f.seeds[~untouched(df)[[g[0] for g in groups]]])
     return f, flags

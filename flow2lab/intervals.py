@@ -61,7 +61,8 @@ def beta_inc(a,   # First parameter, above 0: a number or an array
     a, b, x = np.broadcast_arrays(*(np.asarray(v, float) for v in (a, b, x)))
     swap = x > (a+1)/(a+b+2)
     a, b, x = np.where(swap, b, a), np.where(swap, a, b), np.where(swap, 1-x, x)
-    front = np.exp(_lgamma(a+b) - _lgamma(a) - _lgamma(b) + a*np.log(np.maximum(x, 1e-300)) + b*np.log1p(-x))/a
+    front = np.exp(_lgamma(a+b) - _lgamma(a) - _lgamma(b)
+                   + a*np.log(np.maximum(x, 1e-300)) + b*np.log1p(-x))/a
     c = np.ones_like(x)
     d = 1/(1 - (a+b)*x/(a+1))
     h = d
@@ -83,7 +84,8 @@ def t_tails(t,    # Student's t: a number or an array
 def t_quantile(alpha,   # Probability outside, both tails together: a number or an array
                df):     # Degrees of freedom
     "The t that leaves `alpha` in both tails together, of the shape of `alpha` and `df`"
-    alpha, df = np.broadcast_arrays(np.asarray(alpha, float), np.minimum(np.asarray(df, float), 1e6))
+    alpha, df = np.broadcast_arrays(np.asarray(alpha, float),
+                                    np.minimum(np.asarray(df, float), 1e6))
     lo, hi = np.full(df.shape, -9.), np.full(df.shape, 30.)                # of log t
     for _ in range(60):
         mid = (lo+hi)/2
@@ -103,7 +105,8 @@ def t_interval(d,                 # (S,) values, such as one difference per seed
 def variance_parts(y):   # (S, n) scores of one method
     "(v_i, v_s): what the items and what the seeds add to the variance of the mean of `y`"
     S, n = y.shape
-    rest = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()        # what neither item nor seed explains
+    # what neither item nor seed explains
+    rest = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()
     var_rest = (rest**2).sum()/((n-1)*max(S-1, 1))
     v_i = max(y.mean(0).var(ddof=1) - var_rest/S, 0)/n
     v_s = y.mean(1).var(ddof=1)/S if S>1 else 0.
@@ -119,7 +122,7 @@ def _ts(alpha, df):
     known, at = np.unique(df, return_inverse=True)
     return np.array([_t(alpha, float(x)) for x in known])[at].reshape(np.shape(df))
 
-def cochran_critical(w,                 # Part of the variance that is due to seeds, 0 to 1: a number or an array
+def cochran_critical(w,                 # Part of the variance due to seeds, 0 to 1: a number or an array
                      df_seeds,          # Degrees of freedom of the seeds
                      df_items,          # Of the items; math.inf for the normal distribution
                      alpha:float=.05):  # Probability outside the interval
@@ -130,7 +133,8 @@ def cochran_critical(w,                 # Part of the variance that is due to se
 _grid = np.concatenate([np.linspace(1, .01, 100), np.geomspace(.009, 1e-12, 100)])
 
 @lru_cache(None)
-def _t_grid(df): return np.array([_t(a, df) for a in _grid]) if math.isinf(df) else t_quantile(_grid, df)
+def _t_grid(df):
+    return np.array([_t(a, df) for a in _grid]) if math.isinf(df) else t_quantile(_grid, df)
 
 def cochran_p(t,          # Difference in standard errors: a number or an array
               w,          # Part of its variance that is due to seeds, 0 to 1
@@ -147,7 +151,7 @@ def share_interval(y):   # (S, n) scores of one method, each within 0 and 1: a r
     "95% interval (low, high) of the mean of `y`, over the items drawn and the seeds trained"
     y = np.atleast_2d(np.asarray(y, float))
     S, n = y.shape
-    if S==1: return wilson(y.mean(), n)                          # one run knows nothing of other seeds
+    if S==1: return wilson(y.mean(), n)    # one run knows nothing of other seeds
     v_i, v_s = variance_parts(y)
     v = v_i + v_s
     w = v_s/v if v>0 else 0.                                     # the seeds' part
@@ -158,7 +162,8 @@ def share_interval(y):   # (S, n) scores of one method, each within 0 and 1: a r
 # %% ../nbs/62_intervals.ipynb #aad7d32d
 def pool_seeds(s2,   # (K,) variance of each method's means over seeds; anything where `df` is 0
                df):  # (K,) degrees of freedom of each: its seeds less one
-    "((K,) seed variance, no smaller than the average; degrees of freedom of all, infinite where nobody has seeds)"
+    """((K,) seed variance, no smaller than the average; degrees of freedom of all, infinite where
+    nobody has seeds)"""
     s2, df = np.asarray(s2, float), np.asarray(df)
     if not df.sum(): return np.zeros_like(s2), math.inf
     mean = np.average(np.where(df>0, s2, 0), weights=df)
@@ -181,7 +186,8 @@ def f_quantile(alpha,  # Probability beyond it
 def unstable_methods(s2,              # (K,) variance of each method's means over seeds
                      df,              # (K,) degrees of freedom of each; 0 for one without seeds
                      alpha:float=.2): # Chance of setting any apart where all scatter alike
-    "Boolean (K,): whose seeds scatter more than the others' by more than chance; the worst is set apart first"
+    """Boolean (K,): whose seeds scatter more than the others' by more than chance; the worst is
+    set apart first"""
     s2, df = np.asarray(s2, float), np.asarray(df)
     unstable = np.zeros(len(s2), bool)
     for _ in range(len(s2)):
@@ -197,7 +203,8 @@ def unstable_methods(s2,              # (K,) variance of each method's means ove
 
 # %% ../nbs/62_intervals.ipynb #1a6061a4
 def holm(p):   # (m,) p-values, nan where there was no test
-    "(m,) p-values adjusted after Holm (1979), to be compared with alpha; nan stays nan and counts for nothing"
+    """(m,) p-values adjusted after Holm (1979), to be compared with alpha; nan stays nan and
+    counts for nothing"""
     p = np.asarray(p, float)
     out, ok = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
     order = ok[np.argsort(p[ok], kind='stable')]

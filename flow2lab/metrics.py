@@ -18,7 +18,8 @@ from .axes import task
 # %% ../nbs/61_metrics.ipynb #05009db2
 def metric_names(df):   # Records, from `load_records` or `load_any`
     "The names of the metric columns, sorted"
-    known = dict.fromkeys(k for m in df['metrics'] for k in m) if 'metrics' in df else [c for c in df if '/' in c]
+    if 'metrics' in df: known = dict.fromkeys(k for m in df['metrics'] for k in m)
+    else: known = [c for c in df if '/' in c]
     return sorted(k for k in known if k in df)
 
 # %% ../nbs/61_metrics.ipynb #25d962cc
@@ -35,6 +36,7 @@ def _primary(name):
     try: return task[name].primary()
     except UserError: return ''
 
+# %% ../nbs/61_metrics.ipynb #da41f380
 def _metric_order(df, name):
     "Sort key of a metric column, the least is the best choice"
     part, key = name.split('/')[0], name.split('/')[-1]
@@ -48,7 +50,8 @@ def _metric_order(df, name):
 
 # %% ../nbs/61_metrics.ipynb #90738c99
 def quality_metrics(df):   # Records
-    "The metrics that measure quality, one per task: the one that the task declares first, where it is known"
+    """The metrics that measure quality, one per task: the one that the task declares first, where
+    it is known"""
     known = [c for c in metric_names(df) if not is_cost(c) and df[c].notna().any()]
     best_last = sorted(known, key=lambda c: _metric_order(df, c), reverse=True)
     return list({c.split('/')[0]: c for c in best_last}.values())[::-1]
@@ -57,17 +60,21 @@ def quality_metrics(df):   # Records
 def _plain_name(s): return re.sub(r'[^a-z0-9]+', '_', str(s).lower())
 
 def _fitting(names, metric):
-    "The names that `metric` may mean: the same but for punctuation, or else its end or its beginning"
+    """The names that `metric` may mean: the same but for punctuation, or else its end or its
+    beginning"""
     want = _plain_name(metric)
     same = [c for c in names if _plain_name(c)==want]
-    return same or [c for c in names if _plain_name(c).endswith('_'+want) or _plain_name(c).startswith(want+'_')]
+    return same or [c for c in names if _plain_name(c).endswith('_'+want)
+                    or _plain_name(c).startswith(want+'_')]
 
 # %% ../nbs/61_metrics.ipynb #e80a3f82
 def find_metric(df,             # Records
-                metric=None):   # Full name, its end or its task; the best known measure of quality if None
+                metric=None):   # Full name, its end or its task; the best known quality if None
     "(name of the column, note on what else fitted); `UserError` lists the right names"
     names = metric_names(df)
-    if not names: raise UserError('these records hold no metric. Did every run fail? Look at their `message`.')
+    if not names:
+        raise UserError('these records hold no metric. Did every run fail? '
+                        'Look at their `message`.')
     if metric in names: return metric, ''
     if metric is None: fits = [c for c in names if not is_cost(c)] or names
     else: fits = _fitting(names, metric)
@@ -76,7 +83,8 @@ def find_metric(df,             # Records
     others = [c for c in fits if c!=best]
     if not others: return best, ''
     asked = f'"{metric}" fits {len(fits)} metrics' if metric is not None else 'no metric was named'
-    return best, f'{asked}: took {best}; others: {", ".join(others[:6])}{" ..." if len(others)>6 else ""}.'
+    listed = ', '.join(others[:6]) + (' ...' if len(others)>6 else '')
+    return best, f'{asked}: took {best}; others: {listed}.'
 
 # %% ../nbs/61_metrics.ipynb #49dc90e8
 def _bytes_text(v):
@@ -85,6 +93,7 @@ def _bytes_text(v):
         if abs(v)<1024 or unit=='TiB': return f'{v:.{0 if unit=="B" else 1}f} {unit}'
         v /= 1024
 
+# %% ../nbs/61_metrics.ipynb #e7dda28a
 def _seconds_text(v):
     "Seconds, minutes from two on, hours from two on"
     if v<120: return f'{v:.3g} s'
@@ -128,11 +137,14 @@ def text_table(rows,            # Dicts of text, or a DataFrame, whose floats ar
                columns=None):   # Which columns, in which order; those of the first row if None
     "An aligned table of text"
     if isinstance(rows, pd.DataFrame):
-        rows = [{k: fmt(v) if isinstance(v, float) else v for k,v in r.items()} for r in rows.to_dict('records')]
+        rows = [{k: fmt(v) if isinstance(v, float) else v for k,v in r.items()}
+                for r in rows.to_dict('records')]
     columns = columns or list(rows[0]) if rows else []
     cells = [[str('' if r.get(c) is None else r.get(c)) for c in columns] for r in rows]
     width = [max(len(x) for x in col) for col in zip(columns, *cells)]
     def is_number(x): return x[:1].isdigit() or x[:1] in '+-'
     right = [all(is_number(x) for x in col if x) for col in zip(*cells)] or [False]*len(columns)
-    def line(xs): return '  '.join(x.rjust(w) if r else x.ljust(w) for x,w,r in zip(xs, width, right)).rstrip()
+    def line(xs):
+        return '  '.join(x.rjust(w) if r else x.ljust(w)
+                         for x,w,r in zip(xs, width, right)).rstrip()
     return '\n'.join([line(columns), line(['-'*w for w in width])] + [line(c) for c in cells])

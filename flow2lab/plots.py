@@ -29,7 +29,8 @@ BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 PURPLE, SKY, YELLOW, GREY = '#CC79A7', '#56B4E9', '#F0E442', '#8A8A8A'
 LINES = BLUE, RED, GREEN, PURPLE, ORANGE, SKY, '#333333', '#7F6000'
 
-_style = {'font.size': 11, 'axes.titlesize': 13, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+_style = {'font.size': 11, 'axes.titlesize': 13, 'axes.titleweight': 'bold',
+          'axes.titlelocation': 'left',
           'axes.labelsize': 11, 'axes.titlepad': 12,
           'grid.color': '#E3E3E3', 'axes.edgecolor': '#555555', 'svg.hashsalt': 'flow2lab',
           'font.family': 'DejaVu Sans', 'legend.frameon': False}
@@ -48,15 +49,19 @@ def _wrapped(text, width):
     "`text` in lines of `width` characters, where `r = 4` stays together"
     return textwrap.fill(text.replace(' = ', '\u00a0=\u00a0'), int(width)).replace('\u00a0', ' ')
 
+# %% ../nbs/68_plots.ipynb #7e386200
 def title(fig, ax,      # Figure and its axes
           claim:str,    # What the data allow to say
           sub:str=''):  # How to read the plot
     "Write the claim and, under it in grey, `sub`, both wrapped to the width of the figure"
-    if claim.split(' ')[0] in ('all','only'): claim = claim[0].upper() + claim[1:]       # names stay as they are
+    # names stay as they are
+    if claim.split(' ')[0] in ('all','only'): claim = claim[0].upper() + claim[1:]
     claim, sub = _wrapped(claim, 8.8*fig.get_figwidth()), _wrapped(sub, 13*fig.get_figwidth())
     fig.suptitle(claim, x=.012, ha='left', fontsize=13.5, fontweight='bold')
-    ax.set_title('\n'.join(' ' for _ in sub.split('\n')), fontsize=10, pad=8)           # keeps the height of `sub` free
-    t = ax.annotate(sub, (.012, 1), (0, 9), xycoords=('figure fraction', 'axes fraction'), textcoords='offset points',
+    # keeps the height of `sub` free
+    ax.set_title('\n'.join(' ' for _ in sub.split('\n')), fontsize=10, pad=8)
+    t = ax.annotate(sub, (.012, 1), (0, 9), xycoords=('figure fraction', 'axes fraction'),
+                    textcoords='offset points',
                     fontsize=10, color='#555555', va='bottom', annotation_clip=False)
     t.set_in_layout(False)
     fig.subtitle = t
@@ -64,9 +69,11 @@ def title(fig, ax,      # Figure and its axes
 # %% ../nbs/68_plots.ipynb #176117d0
 def _beside(ax, y, text, dx, **kw):
     "Text to the right of the axes, `dx` points off, at the height `y`"
-    ax.annotate(text, (1, y), xycoords=('axes fraction', 'data'), xytext=(dx, 0), textcoords='offset points',
+    ax.annotate(text, (1, y), xycoords=('axes fraction', 'data'), xytext=(dx, 0),
+                textcoords='offset points',
                 va='center', fontsize=10, annotation_clip=False, **kw)
 
+# %% ../nbs/68_plots.ipynb #082cb436
 def _log_axis(axis, scale):
     "Make an axis logarithmic with plain numbers on it"
     scale('log')
@@ -74,7 +81,8 @@ def _log_axis(axis, scale):
     axis.set_major_formatter('{x:g}')
     axis.set_minor_formatter('')
 
-def _legend(ax, **kw): ax.legend(loc='center left', bbox_to_anchor=(1.01, .5), fontsize=10, frameon=False, **kw)
+def _legend(ax, **kw):
+    ax.legend(loc='center left', bbox_to_anchor=(1.01, .5), fontsize=10, frameon=False, **kw)
 
 # %% ../nbs/68_plots.ipynb #5ee19b22
 def _common(a, b):
@@ -82,6 +90,7 @@ def _common(a, b):
     m = SequenceMatcher(None, a, b, autojunk=False).find_longest_match()
     return a[m.a:m.a+m.size]
 
+# %% ../nbs/68_plots.ipynb #f4a74c5c
 def _strip_common(names):
     "Drop the longest run of whole words that all names share"
     if len(names)<2: return names
@@ -97,13 +106,15 @@ _parts = re.compile(r'^(?P<model>.+?)-(?P<data>.+)_(?P<how>NoSFT|SFT|PT|DPO)_'
                     r'(?P<peft>[^_]+)_(?P<quant>[^ ]+)(?P<more> \[.*\])?$')
 
 def _own_short(r, keep):
-    "A name of ours by its parts `r`: those in `keep`, the adapter, and the quantization if there is one"
+    """A name of ours by its parts `r`: those in `keep`, the adapter, and the quantization if there
+    is one"""
     base, plain = r.how=='NoSFT', r.quant=='NoQuant'
     if base: what = 'untouched base' if plain else 'base'
     else: what = 'full' if r.peft=='NoPeft' else r.peft
     kept = [r[c] for c in keep if c=='model' or not base]
     return ' '.join(kept + [what] + [r.quant]*(not plain)) + r.more
 
+# %% ../nbs/68_plots.ipynb #bab8ace5
 def short_names(names):   # Names of methods
     "{name: what tells it from the others}; the names themselves where short ones would coincide"
     names = list(dict.fromkeys(names))
@@ -127,10 +138,12 @@ def _scale(unit): return 100 if unit=='fraction' else 1
 
 def _metric(c): return c.metric.replace('/', ' ')
 
+# %% ../nbs/68_plots.ipynb #1b5598a6
 def _axis(c):
     "The axis label: what, in which unit, over what"
     n, s = c.rows['n'].dropna(), c.rows['seeds'].dropna()
-    over = [(f'{int(n.min())} to ' if n.min()<n.max() else '') + f'{int(n.max())} items'] if len(n) else []
+    least = f'{int(n.min())} to ' if n.min()<n.max() else ''
+    over = [f'{least}{int(n.max())} items'] if len(n) else []
     if len(s) and s.max()>1: over.append(f'{int(s.max())} seeds')
     unit = '%' if c.unit=='fraction' else c.unit
     return _metric(c) + (f' [{unit}]' if unit else '') + (f', {" × ".join(over)}' if over else '')
@@ -140,10 +153,12 @@ def _arrow(c, ax='x'):
     where = dict(x=dict(max='right', min='left'), y=dict(max='up', min='down'))[ax][c.direction]
     return where + ' is better'
 
-def _bars(t, k): return k*np.clip([t['value']-t['lo'], t['hi']-t['value']], 0, None)      # lengths down and up
+# lengths down and up
+def _bars(t, k): return k*np.clip([t['value']-t['lo'], t['hi']-t['value']], 0, None)
 
 # %% ../nbs/68_plots.ipynb #fad6c8b9
-def _why(status): return dict(oom='out of memory', nan='diverged (NaN)', failed='failed').get(status, status)
+def _why(status):
+    return dict(oom='out of memory', nan='diverged (NaN)', failed='failed').get(status, status)
 
 def _claim_first(c, short):
     "The claim of a leaderboard, with short names"
@@ -151,6 +166,7 @@ def _claim_first(c, short):
     for n in sorted(short, key=len, reverse=True): s = s.replace(n, short[n])
     return f'{s}: {_metric(c)}'
 
+# %% ../nbs/68_plots.ipynb #bd2501d7
 def _leader_line(ax, y, r, c, k):
     "One method's line of a leaderboard: interval, value and rank, or why there is none"
     if pd.isna(r['value']): return _beside(ax, y, _why(r['status']), 8, color=RED)
@@ -158,8 +174,10 @@ def _leader_line(ax, y, r, c, k):
     colour = BLUE if first else GREY
     if base: colour = ORANGE
     if not pd.isna(r['lo']):
-        ax.plot([k*r['lo'], k*r['hi']], [y, y], color=colour, lw=2.4, solid_capstyle='round', alpha=.75)
-    ax.plot(k*r['value'], y, 'D' if base else 'o', color=colour, mfc=colour if first or base else 'white', mew=2, ms=7)
+        ax.plot([k*r['lo'], k*r['hi']], [y, y], color=colour, lw=2.4, solid_capstyle='round',
+                alpha=.75)
+    ax.plot(k*r['value'], y, 'D' if base else 'o', color=colour,
+            mfc=colour if first or base else 'white', mew=2, ms=7)
     _beside(ax, y, fmt(r['value'], c.unit), 50, ha='right')
     _beside(ax, y, rank_range(r['rank_low'], r['rank_high']), 62, color='#555555')
 
@@ -177,14 +195,16 @@ def plot_leaderboard(df,             # Records, or a Comparison
     for yi,r in zip(y, rows.to_dict('records')): _leader_line(ax, yi, r, c, k)
     _beside(ax, len(rows)-.2, 'rank', 62, color='#555555')
     if c.baseline in set(rows['name']):
-        ax.axvline(k*rows.loc[rows['name']==c.baseline, 'value'].iloc[0], color=ORANGE, lw=1.2, ls='--', zorder=0)
+        ax.axvline(k*rows.loc[rows['name']==c.baseline, 'value'].iloc[0], color=ORANGE, lw=1.2,
+                   ls='--', zorder=0)
     ax.set_yticks(y, [short[n] for n in rows['name']])
     ax.set_ylim(-.7, len(rows)-.3)
     ax.grid(axis='y', visible=False)
     ax.set_xlabel(f'{_axis(c)}; {_arrow(c)}')
     more = f'; {len(c.rows)-top} more not shown' if len(c.rows)>top else ''
     base = '; diamond and dashes: the base' if c.baseline else ''
-    title(fig, ax, _claim_first(c, short), f'bars: 95% intervals; filled: tied for first{base}{more}')
+    title(fig, ax, _claim_first(c, short),
+          f'bars: 95% intervals; filled: tied for first{base}{more}')
     return fig
 
 # %% ../nbs/68_plots.ipynb #04ff6dd3
@@ -199,9 +219,12 @@ def _claim_differences(c, short):
         if n==1: return short[d['name'][0]]
         return f'all {n}' if k==n else f'{k} of {n}'
     parts = [f'{count(up)} beat{"s" if n==1 or up==1 else ""} {base}'] if up else []
-    if down: parts.append(f'{count(down)} {"is" if n==1 or down==1 else "are"} worse' + ('' if up else f' than {base}'))
-    if not parts: return f'{short[d["name"][0]]} is tied with {base}' if n==1 else f'all {n} are tied with {base}'
-    return ', '.join(parts + ([f'{n-up-down} tied with it'] if n-up-down else [])) + f': {_metric(c)}'
+    if down:
+        verb = 'is' if n==1 or down==1 else 'are'
+        parts.append(f'{count(down)} {verb} worse' + ('' if up else f' than {base}'))
+    if not parts: return f'{count(n)} {"is" if n==1 else "are"} tied with {base}'
+    if n-up-down: parts.append(f'{n-up-down} tied with it')
+    return ', '.join(parts) + f': {_metric(c)}'
 
 # %% ../nbs/68_plots.ipynb #5ab6662c
 def _difference_line(ax, y, r, c, k):
@@ -209,20 +232,25 @@ def _difference_line(ax, y, r, c, k):
     sure, up = r['p_holm']<.05, (1 if c.direction=='max' else -1)*r['diff']>0
     colour = GREY
     if sure: colour = BLUE if up else RED
-    ax.plot([k*r['lo'], k*r['hi']], [y, y], color=colour, lw=2.4, solid_capstyle='round', alpha=.75)
-    ax.plot(k*r['diff'], y, 'o' if up else 's', color=colour, mfc=colour if sure else 'white', mew=2, ms=7)
+    ax.plot([k*r['lo'], k*r['hi']], [y, y], color=colour, lw=2.4, solid_capstyle='round',
+            alpha=.75)
+    ax.plot(k*r['diff'], y, 'o' if up else 's', color=colour, mfc=colour if sure else 'white',
+            mew=2, ms=7)
     _beside(ax, y, fmt_diff(r['diff'], c.unit), 50, ha='right')
-    _beside(ax, y, 'p < 0.001' if r['p_holm']<.001 else f'p = {r["p_holm"]:.2g}', 62, color='#555555')
+    _beside(ax, y, 'p < 0.001' if r['p_holm']<.001 else f'p = {r["p_holm"]:.2g}', 62,
+            color='#555555')
 
+# %% ../nbs/68_plots.ipynb #18483893
 def plot_differences(df,              # Records, or a Comparison
                      items=None,      # Items, from `load_items`; read from the run folders if None
                      metric=None,     # As for `compare`
                      baseline=None):  # Name to take differences from; the untouched base if None
-    "Figure: the paired difference of every method from the base, with its 95% interval; `UserError` without a base"
+    """Figure: the paired difference of every method from the base, with its 95% interval;
+    `UserError` without a base"""
     c, short = _compared(df, items, metric, baseline)
     if c.differences is None:
-        raise UserError('no baseline to take differences from: no single untouched base is among the records. Name '
-                        'one with baseline=.')
+        raise UserError('no baseline to take differences from: no single untouched base is among the '
+                        'records. Name one with baseline=.')
     d, k = c.differences, _scale(c.unit)
     y = np.arange(len(d))[::-1]
     fig, ax = house_figure(1.35 + .33*len(d))
@@ -235,7 +263,8 @@ def plot_differences(df,              # Records, or a Comparison
     ax.set_xlabel(f'difference in {_axis(c).replace(" [%]", "")} [{unit}]; {_arrow(c)}')
     paired = 'paired by item and seed' if c.paired else 'unpaired'
     title(fig, ax, _claim_differences(c, short),
-          f'{paired}; bars: 95% intervals; filled: significant after Holm; dashes: {short[c.baseline]}')
+          f'{paired}; bars: 95% intervals; filled: significant after Holm; '
+          f'dashes: {short[c.baseline]}')
     return fig
 
 # %% ../nbs/68_plots.ipynb #ef00d156
@@ -247,11 +276,13 @@ def _claim_sweep(df, items, c, g, x, name):
     rest = sorted(set(at.values())-set(best))
     def listed(vs): return ', '.join(f'{v:g}' for v in vs)
     if not rest: return f'{name}: {x} = {listed(best[:1])} to {listed(best[-1:])} are tied'
-    return f'{name}: best at {x} = {listed(best)}{" (tied)" if len(best)>1 else ""}, worse at {listed(rest)}'
+    tied = ' (tied)' if len(best)>1 else ''
+    return f'{name}: best at {x} = {listed(best)}{tied}, worse at {listed(rest)}'
 
 # %% ../nbs/68_plots.ipynb #742c15dd
 def _sweep_rows(df, c, x):
-    "(rows with the fields of their Specs and the name of their `line`, {base: short name} if there are several)"
+    """(rows with the fields of their Specs and the name of their `line`, {base: short name} if
+    there are several)"""
     runs = df[df['name'].isin(c.rows['name'])].drop_duplicates('name').set_index('name')
     fields = [q for q in (x, 'base', 'method', 'quant', 'base_quant') if q in runs]
     t = c.rows.dropna(subset=['value']).join(runs[fields], on='name')
@@ -263,16 +294,19 @@ def _sweep_rows(df, c, x):
     t['line'] = [line(r) for _,r in t.iterrows()]
     return t, short
 
+# %% ../nbs/68_plots.ipynb #55a606a4
 def _lines_across(ax, across, swept, short, several, k):
     "Draw what has no place on the x axis as lines across, with their intervals as bands"
-    styles = list(zip((ORANGE, '#333333', GREY, SKY, PURPLE), ('--', ':', '-.', (0, (5, 1)), (0, (1, 3)))))
+    styles = list(zip((ORANGE, '#333333', GREY, SKY, PURPLE),
+                      ('--', ':', '-.', (0, (5, 1)), (0, (1, 3)))))
     for i,r in enumerate(across.to_dict('records')):
         colour, ls = styles[i%len(styles)]
-        if several:                                # the colour of its base's line; dots: trained, dashes: untouched
+        if several:    # the colour of its base's line; dots: trained, dashes: untouched
             like = [j for j,g in enumerate(swept.values()) if g['base'].iloc[0]==r['base']]
             colour, ls = LINES[like[0]] if like else GREY, ':' if r['method'] else '--'
         ax.axhline(k*r['value'], color=colour, lw=1.8, ls=ls, zorder=0, label=short[r['name']])
-        if not pd.isna(r['lo']): ax.axhspan(k*r['lo'], k*r['hi'], color=colour, alpha=.08, lw=0, zorder=0)
+        if not pd.isna(r['lo']):
+            ax.axhspan(k*r['lo'], k*r['hi'], color=colour, alpha=.08, lw=0, zorder=0)
 
 # %% ../nbs/68_plots.ipynb #e63a4e92
 def plot_rank(df,             # Records
@@ -280,10 +314,12 @@ def plot_rank(df,             # Records
               metric=None,    # As for `compare`
               baseline=None,  # Name of the base; the untouched one if None
               x:str='r'):     # Column to sweep; any number in the Spec will do
-    "Figure: the metric against the rank, with intervals; the untouched base and full fine-tuning across"
+    """Figure: the metric against the rank, with intervals; the untouched base and full fine-tuning
+    across"""
     c, short = _compared(df, items, metric, baseline)
     k = _scale(c.unit)
-    if x not in df or not df[x].notna().any(): raise UserError(f'no record has a value for "{x}": nothing to sweep.')
+    if x not in df or not df[x].notna().any():
+        raise UserError(f'no record has a value for "{x}": nothing to sweep.')
     t, several = _sweep_rows(df, c, x)
     fig, ax = house_figure(4.6)
     swept, claims = {n: g.sort_values(x) for n,g in t[t[x].notna()].groupby('line')}, []
@@ -303,7 +339,8 @@ def plot_rank(df,             # Records
     ax.set_xlabel('rank r' if x=='r' else x)
     ax.set_ylabel(f'{_axis(c).split(",")[0]}; {_arrow(c, "y")}')
     handles, labels = ax.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: not hasattr(handles[i], 'has_yerr'))      # methods first
+    # methods first
+    order = sorted(range(len(labels)), key=lambda i: not hasattr(handles[i], 'has_yerr'))
     _legend(ax, handles=[handles[i] for i in order], labels=[labels[i] for i in order])
     title(fig, ax, '; '.join(claims[:2]) or f'{_metric(c)} by {x}',
           f'bars and bands: 95% intervals ({_axis(c).split(", ")[-1]})')
@@ -314,16 +351,20 @@ def _cost_word(name): return dict(seconds='time').get(name, name)
 
 def _costs(c): return ' and '.join(_cost_word(k) for k in c.costs)
 
+# %% ../nbs/68_plots.ipynb #e31dda08
 def _claim_pareto(c, t, short, on, may):
     "Who is on the front, and what the ties in quality leave of that"
     costs = [k for k in c.costs if t[k].notna().any()]
-    least, cheap = [_cost_word(k) for k in costs], [short[t.loc[t[k].idxmin(), 'name']] for k in costs]
+    least = [_cost_word(k) for k in costs]
+    cheap = [short[t.loc[t[k].idxmin(), 'name']] for k in costs]
     if len(set(cheap))==1: least, cheap = [' and '.join(least)], cheap[:1]
     who = ', '.join(f'{n} needs the least {l}' for n,l in zip(cheap, least))
-    if len(t)>1 and set(t['name'])<=set(c.tied_for_first): return f'all {len(t)} are tied in quality; {who}'
+    if len(t)>1 and set(t['name'])<=set(c.tied_for_first):
+        return f'all {len(t)} are tied in quality; {who}'
     tied = f'; {may.sum()} more may be, tied in quality' if may.any() else ''
     if not on.any():
-        return f'none of {len(t)} is on the front{tied}: {short.get(c.baseline, "another")} is as good for less'
+        other = short.get(c.baseline, 'another')
+        return f'none of {len(t)} is on the front{tied}: {other} is as good for less'
     if on.sum()>1: return f'{on.sum()} of {len(t)} are on the front of quality, {_costs(c)}{tied}'
     first = short[t.loc[on, 'name'].iloc[0]]
     if may.any(): return f'{first} is alone on the front{tied}'
@@ -334,8 +375,10 @@ def _cost_name(metric):
     "train/peak_memory as words"
     what, _, of = metric.partition('/')
     of = dict(seconds='time', memory_reserved='reserved memory').get(of, of.replace('_', ' '))
-    return f"{dict(train='training', eval='evaluation', bench='benchmark').get(what, what)} {of}".strip()
+    what = dict(train='training', eval='evaluation', bench='benchmark').get(what, what)
+    return f'{what} {of}'.strip()
 
+# %% ../nbs/68_plots.ipynb #743dba5b
 def _cost_unit(cost, most):
     "(unit, how many of the record's units it is) for values up to `most`"
     if cost=='memory': return ('GiB', 2**30) if most>=2**30 else ('MiB', 2**20)
@@ -344,17 +387,20 @@ def _cost_unit(cost, most):
 
 # %% ../nbs/68_plots.ipynb #c579764a
 _places = [(8,0), (-8,0), (7,9), (-7,9), (7,-9), (-7,-9), (0,12), (0,-12)] + [
-    (sx*r, sy*r) for r in (16, 28, 42, 60) for sy in (1, -1) for sx in (.6, -.6)]      # offsets in points, best first
+    (sx*r, sy*r) for r in (16, 28, 42, 60) for sy in (1, -1) for sx in (.6, -.6)]    # points
 
 def _overlap(a, b): return not (a[2]<b[0] or b[2]<a[0] or a[3]<b[1] or b[3]<a[1])
 
 def _step_boxes(p):
     "The front's steps as thin boxes"
     return [q for a,b in zip(p, p[1:]) for q in ((a[0], a[1]-1, b[0], a[1]+1),
-                                                 (b[0]-1, min(a[1], b[1]), b[0]+1, max(a[1], b[1])))]
+                                                 (b[0]-1, min(a[1], b[1]), b[0]+1,
+                                                  max(a[1], b[1])))]
 
+# %% ../nbs/68_plots.ipynb #4e505317
 def _best_place(x, y, width, height, u, frame, taken):
-    "(dx, dy, box in pixels) of the place beside the pixel (x, y) that costs least; `u` pixels are a point"
+    """(dx, dy, box in pixels) of the place beside the pixel (x, y) that costs least; `u` pixels
+    are a point"""
     def option(k, dx, dy):
         left = 0 if dx else width/2
         if dx<0: left = width
@@ -371,7 +417,8 @@ def place_labels(fig, ax,          # Figure and its axes
                  names,            # (K,) labels; empty for none
                  front=(),         # (m, 2) corners of the front's steps
                  size:float=9.5):  # Of the type, in points
-    "Write each name beside its point, where it hits the fewest points, names and steps of the front"
+    """Write each name beside its point, where it hits the fewest points, names and steps of the
+    front"""
     fig.draw_without_rendering()
     pixels, frame, u = ax.transData.transform(np.c_[xs, ys]), ax.get_window_extent(), fig.dpi/72
     taken = [(x-5*u, y-5*u, x+5*u, y+5*u) for x,y in pixels]
@@ -380,10 +427,11 @@ def place_labels(fig, ax,          # Figure and its axes
         if not n: continue
         dx, dy, box = _best_place(px, py, len(n)*size*.6*u, size*1.1*u, u, frame, taken)
         taken.append(box)
-        far = dict(arrowstyle='-', color='#999999', lw=.8, shrinkA=1, shrinkB=4) if abs(dy)>12 else None
+        arrow = dict(arrowstyle='-', color='#999999', lw=.8, shrinkA=1, shrinkB=4)
         align = 'left' if dx else 'center'
-        t = ax.annotate(n, (x, y), (dx, dy), textcoords='offset points', fontsize=size, va='center',
-                        ha='right' if dx<0 else align, zorder=9, arrowprops=far)
+        t = ax.annotate(n, (x, y), (dx, dy), textcoords='offset points', fontsize=size,
+                        va='center',
+                        ha='right' if dx<0 else align, zorder=9, arrowprops=arrow if abs(dy)>12 else None)
         t.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground='white')])
         t.set_in_layout(False)
 
@@ -392,6 +440,7 @@ def _points_with_bars(ax, xs, ys, bars, mark, colour, face, zorder):
     ax.errorbar(xs, ys, bars, fmt='none', ecolor=colour, alpha=.45, lw=1.4, zorder=zorder)
     ax.plot(xs, ys, mark, color=colour, mfc=face, mew=1.8, ms=8, ls='', zorder=zorder+1)
 
+# %% ../nbs/68_plots.ipynb #bffdc5e2
 def _pareto_key(c, cost, on, may, front, zero, all_named):
     "How to read the plot, of what is in it"
     parts = ['bars: 95% intervals']
@@ -409,7 +458,8 @@ def plot_pareto(df,                  # Records, or a Comparison
                 metric=None,         # As for `compare`
                 baseline=None,       # Name of the base; the untouched one if None
                 cost:str='memory'):  # memory or seconds
-    "Figure: quality against memory (or time), with intervals and the Pareto front; `UserError` without such a cost"
+    """Figure: quality against memory (or time), with intervals and the Pareto front; `UserError`
+    without such a cost"""
     c, short = _compared(df, items, metric, baseline)
     k, sign = _scale(c.unit), 1 if c.direction=='max' else -1
     if cost not in c.rows or not (c.rows[cost]>0).any():
@@ -422,9 +472,10 @@ def plot_pareto(df,                  # Records, or a Comparison
     may = t['pareto_maybe'].astype(bool) & ~on
     fig, ax = house_figure(5.0)
     front = t[pareto(sign*t['value'], t[cost])].sort_values(cost)
-    ax.plot(front[cost]/per, k*front['value'], color=BLUE, lw=1.4, zorder=1, drawstyle='steps-post', alpha=.6)
+    ax.plot(front[cost]/per, k*front['value'], color=BLUE, lw=1.4, zorder=1,
+            drawstyle='steps-post', alpha=.6)
     groups = (~on & ~may, 's', GREY, 'white'), (may, 'o', BLUE, 'white'), (on, 'o', BLUE, BLUE)
-    for z,(m,*style) in enumerate(groups):                                                 # the front is drawn last
+    for z,(m,*style) in enumerate(groups):    # the front is drawn last
         _points_with_bars(ax, xs[m], ys[m], _bars(t[m], k), *style, zorder=2+2*z)
     for r in zero[zero['name']==c.baseline].to_dict('records'):
         ax.axhline(k*r['value'], color=ORANGE, lw=1.4, ls='--', zorder=0)
@@ -433,9 +484,11 @@ def plot_pareto(df,                  # Records, or a Comparison
     named = on if len(t)>15 else np.ones(len(t), bool)
     ax.set_xlabel(f'{_cost_name(c.costs.get(cost, cost))} [{unit}]; left is better')
     ax.set_ylabel(f'{_axis(c).split(",")[0]}; {_arrow(c, "y")}')
-    title(fig, ax, _claim_pareto(c, t, short, on, may), _pareto_key(c, cost, on, may, front, zero, named.all()))
+    title(fig, ax, _claim_pareto(c, t, short, on, may),
+          _pareto_key(c, cost, on, may, front, zero, named.all()))
     labels = [short[n] if q else '' for n,q in zip(t['name'], named)]
-    place_labels(fig, ax, xs.tolist(), ys.tolist(), labels, np.c_[front[cost]/per, k*front['value']])
+    place_labels(fig, ax, xs.tolist(), ys.tolist(), labels,
+                 np.c_[front[cost]/per, k*front['value']])
     return fig
 
 # %% ../nbs/68_plots.ipynb #568d72af
@@ -448,16 +501,19 @@ def _ends(s, y):
         out[name] = tail.mean(), tail.min(), tail.max()
     return out
 
+# %% ../nbs/68_plots.ipynb #9c67e6cd
 def _claim_curves(ends, short):
     "Who ends lowest, and whose range over seeds overlaps with it"
     best = min(ends, key=lambda n: ends[n][0])
     tied = [n for n in ends if ends[n][1]<=ends[best][2]]
     if len(ends)==1: return f'{short[best]} ends at a loss of {ends[best][0]:.3g}'
-    if len(tied)==1: return f'{short[best]} ends with the lowest training loss, {ends[best][0]:.3g}'
+    if len(tied)==1:
+        return f'{short[best]} ends with the lowest training loss, {ends[best][0]:.3g}'
     if len(tied)==len(ends): return f'all {len(tied)} end with much the same training loss'
     tied = [short[n] for n in sorted(tied, key=lambda n: ends[n][0])]
     listed = tied if len(tied)<5 else tied[:3] + [f'{len(tied)-3} more']
-    return f'{", ".join(listed[:-1])} and {listed[-1]} end lowest of {len(ends)} in training loss: their ranges overlap'
+    return (f'{", ".join(listed[:-1])} and {listed[-1]} end lowest of {len(ends)} in training loss: '
+            'their ranges overlap')
 
 # %% ../nbs/68_plots.ipynb #c552bcae
 def _draw_curve(ax, g, y, i, label):
@@ -467,21 +523,26 @@ def _draw_curve(ax, g, y, i, label):
     dashes = ['-', (0,(6,1.5))][i//len(LINES)%2]
     ax.plot(p.index, p.mean(axis=1), color=colour if few else '#CCCCCC', lw=2 if few else 1,
             ls=dashes if few else '-', label=label if few else None, zorder=3 if few else 1)
-    if few and p.shape[1]>1: ax.fill_between(p.index, p.min(axis=1), p.max(axis=1), color=colour, alpha=.15, lw=0)
+    if few and p.shape[1]>1:
+        ax.fill_between(p.index, p.min(axis=1), p.max(axis=1), color=colour, alpha=.15, lw=0)
     if few and 'val_loss' in g and y=='loss' and g['val_loss'].notna().any():
         v = g.groupby('step')['val_loss'].mean().dropna()
         ax.plot(v.index, v, 'o--', color=colour, lw=1.2, ms=4)
 
+# %% ../nbs/68_plots.ipynb #bc4e4d96
 def plot_curves(df,             # Records; their steps.jsonl are read
                 steps=None,     # Or the steps themselves: name, seed, step and a loss
                 y:str='loss'):  # Column of the steps
-    "Figure: training loss over steps, mean and range over seeds; `UserError` where no steps were recorded"
+    """Figure: training loss over steps, mean and range over seeds; `UserError` where no steps were
+    recorded"""
     s = load_steps(df) if steps is None else steps
-    if not len(s) or y not in s: raise UserError(f'no steps with "{y}" were recorded. Was anything trained?')
+    if not len(s) or y not in s:
+        raise UserError(f'no steps with "{y}" were recorded. Was anything trained?')
     short, ends = short_names(s['name']), _ends(s.dropna(subset=[y]), y)
     fig, ax = house_figure(4.8)
     order = sorted(ends, key=lambda n: ends[n][0])
-    for i,name in enumerate(order): _draw_curve(ax, s[(s['name']==name) & s[y].notna()], y, i, short[name])
+    for i,name in enumerate(order):
+        _draw_curve(ax, s[(s['name']==name) & s[y].notna()], y, i, short[name])
     ax.set_xlabel('optimizer step')
     ax.set_ylabel(f'{"training loss [nats per token]" if y=="loss" else y}; down is better')
     _legend(ax, title=None if len(order)<=len(LINES) else f'lowest {len(LINES)} of {len(order)}')

@@ -15,7 +15,7 @@ from .fields import Field, Totals
 
 # %% ../nbs/64_ranks.ipynb #f4f8fb54
 def paired_diff(a,   # (S, n) scores of the first method
-                b):  # (S, n) of the second, same items and seeds; (n,) for one without a seed, such as the untouched base
+                b):  # (S, n) of the second, same items and seeds; (n,) for one without a seed
     "Difference a - b by item and seed: diff, se, lo and hi (95%), p, mde, as floats"
     b = np.asarray(b, float)
     f = Field([a, b], [np.ndim(a)==1, b.ndim==1])
@@ -26,13 +26,15 @@ def unpaired_diff(pa,   # Share of the first, 0 to 1
                   na,   # Items behind it
                   pb,   # Share of the second
                   nb):  # Items behind that
-    "Difference of two shares of unrelated items (Agresti and Caffo, 2000): diff, se, lo and hi (95%), p, mde, as floats"
+    """Difference of two shares of unrelated items (Agresti and Caffo, 2000): diff, se, lo and hi
+    (95%), p, mde, as floats"""
     return AttrDict({k: float(v[0]) for k,v in Totals([pa, pb], [na, nb]).against(1).items()})
 
 # %% ../nbs/64_ranks.ipynb #66a78833
 def mcnemar(a,   # (n,) right or wrong, first run
             b):  # (n,) second run, the same items
-    "only_a and only_b, the items that one run alone got right, and p, the mid-p value of McNemar's exact test"
+    """only_a and only_b, the items that one run alone got right, and p, the mid-p value of
+    McNemar's exact test"""
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     x, y = int((a&~b).sum()), int((b&~a).sum())
     m = x+y
@@ -87,7 +89,8 @@ def rank_ranges(won):   # (K, K) boolean from `beats`
 def pareto(quality,    # (K,) more is better; nan is never on the front
            *costs):    # (K,) each, less is better
     "Boolean (K,): not dominated by any other method"
-    x = np.array([-np.asarray(quality, float), *[np.asarray(c, float) for c in costs]]).T    # (K, axes), less is better
+    # (K, axes), less is better
+    x = np.array([-np.asarray(quality, float), *[np.asarray(c, float) for c in costs]]).T
     ok = ~np.isnan(x).any(1)
     out, front = np.zeros(len(x), bool), np.empty((0, x.shape[1]))
     for i in np.lexsort(x.T[::-1]):
@@ -103,7 +106,7 @@ def maybe_pareto(won,        # (K, K) boolean from `beats`: who is better in qua
     "Boolean (K,): no method that costs no more is better in quality by more than chance"
     x = np.array([np.asarray(v, float) for v in (quality, *costs)]).T              # (K, axes)
     ok = ~np.isnan(x).any(1)
-    out, beaten_by = ok.copy(), np.ascontiguousarray(won.T) & ok                   # row i is beaten by these
+    out, beaten_by = ok.copy(), np.ascontiguousarray(won.T) & ok    # row i is beaten by these
     for i in np.flatnonzero(ok & beaten_by.any(1)):
         out[i] = not (x[beaten_by[i],1:] <= x[i,1:]).all(1).any()
     return out

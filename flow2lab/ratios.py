@@ -18,7 +18,8 @@ from .provenance import hardware, versions
 def short_samples(n:int,       # Samples
                   vocab:int,   # Size of the vocabulary
                   seed:int=0): # Of the random tokens
-    "`n` samples (dicts of input_ids and labels) of 20 to 200 tokens, labels on the last two fifths of each"
+    """`n` samples (dicts of input_ids and labels) of 20 to 200 tokens, labels on the last two
+    fifths of each"""
     rng, out = np.random.default_rng(seed), []
     for _ in range(n):
         ids = np.minimum(rng.zipf(1.3, rng.integers(20, 201)), vocab-1).tolist()
@@ -28,7 +29,8 @@ def short_samples(n:int,       # Samples
 
 # %% ../nbs/89_ratios.ipynb #268c3a6b
 def padded(rows):   # Samples of one batch
-    "input_ids, labels and attention_mask, each a tensor (batch, longest): a collator for transformers' Trainer"
+    """input_ids, labels and attention_mask, each a tensor (batch, longest): a collator for
+    transformers' Trainer"""
     import torch
     longest = max(len(r['input_ids']) for r in rows)
     def pad(x, value): return x + [value]*(longest-len(x))
@@ -39,7 +41,8 @@ def padded(rows):   # Samples of one batch
 # %% ../nbs/89_ratios.ipynb #e82975ff
 @contextlib.contextmanager
 def train_clock():
-    "For the block, a list that collects the processor seconds of each `Trainer.train`, ours or a peer's"
+    """For the block, a list that collects the processor seconds of each `Trainer.train`, ours or a
+    peer's"""
     from transformers import Trainer
     train, spent = Trainer.train, []
     def clocked(self, *args, **kw):
@@ -58,7 +61,8 @@ def run_trainer(trainer,     # A transformers Trainer, ready to train
     trainer.remove_callback(PrinterCallback)
     with train_clock() as spent: trainer.train()
     losses = [l['loss'] for l in trainer.state.log_history if 'loss' in l]
-    return dict(seconds=spent[-1], steps=trainer.state.global_step, loss=statistics.mean(losses[-last:]))
+    return dict(seconds=spent[-1], steps=trainer.state.global_step,
+                loss=statistics.mean(losses[-last:]))
 
 # %% ../nbs/89_ratios.ipynb #83b7c9d1
 def run_fit(*args,        # Of `train.fit`
@@ -67,7 +71,8 @@ def run_fit(*args,        # Of `train.fit`
     "The same for ours: processor `seconds`, `steps` and `loss` [nats]"
     from flow2lab.train import fit
     with train_clock() as spent: r = fit(*args, **kw, progress=False)
-    return dict(seconds=spent[-1], steps=len(r.steps), loss=statistics.mean(s['loss'] for s in r.steps[-last:]))
+    return dict(seconds=spent[-1], steps=len(r.steps),
+                loss=statistics.mean(s['loss'] for s in r.steps[-last:]))
 
 # %% ../nbs/89_ratios.ipynb #8779e609
 def better(ours:float,    # Our figure
@@ -88,22 +93,27 @@ def in_turn(ours,               # Our figure of each round
             unit:str='s',       # Of both
             higher:bool=False,  # Is more better?
             **more):            # Further fields of the row: work, peer_name, ...
-    "A row for `save_benchmark` from rounds measured in turn: medians, and `spread`, the extreme ratios of a round"
+    """A row for `save_benchmark` from rounds measured in turn: medians, and `spread`, the extreme
+    ratios of a round"""
     ratios = [better(a, b, higher) for a,b in zip(ours, peer)]
-    return dict(more, ours=statistics.median(ours), peer=statistics.median(peer), unit=unit, higher=higher,
+    return dict(more, ours=statistics.median(ours), peer=statistics.median(peer), unit=unit,
+                higher=higher,
                 rounds=len(ours), spread=[digits(f(ratios), 3) for f in (min, max)])
 
 # %% ../nbs/89_ratios.ipynb #2760490a
 def save_benchmark(name:str,   # Of the notebook that measured
-                   rows):      # Dicts with work, ours, peer, peer_name and unit; higher=True where more is better
+                   rows):      # Dicts: work, ours, peer, peer_name, unit, higher=True if more is better
     "Write `benchmarks/<name>.json` of the results with the ratio of each row; returns its path"
     hw, vs = hardware(), versions()
     def row(work, ours, peer, peer_name, unit='s', higher=False, **more):
-        return dict(more, work=work, ours=digits(ours, 5), peer=digits(peer, 5), peer_name=peer_name, unit=unit,
+        return dict(more, work=work, ours=digits(ours, 5), peer=digits(peer, 5),
+                    peer_name=peer_name, unit=unit,
                     ratio=digits(better(ours, peer, higher), 3), hardware=hw, versions=vs)
-    return atomic_write(results_path('benchmarks', f'{name}.json'), to_json([row(**r) for r in rows], 1)+'\n')
+    return atomic_write(results_path('benchmarks', f'{name}.json'),
+                        to_json([row(**r) for r in rows], 1)+'\n')
 
 # %% ../nbs/89_ratios.ipynb #4869b0f9
 def benchmark_line(r:dict):   # A row of a benchmark's file
     "The row in one line: ratio, work, both figures"
-    return f'{r["ratio"]:7.2f} x  {r["work"]}: {r["ours"]:,g} against {r["peer"]:,g} {r["unit"]} ({r["peer_name"]})'
+    sides = f'{r["ours"]:,g} against {r["peer"]:,g} {r["unit"]}'
+    return f'{r["ratio"]:7.2f} x  {r["work"]}: {sides} ({r["peer_name"]})'

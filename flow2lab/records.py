@@ -52,12 +52,16 @@ def items_table(items):   # Rows (dicts) or a DataFrame with some of the columns
     def as_json(m): return m if isinstance(m, str) else to_json(m) if isinstance(m, dict) else '{}'
     t['metrics'] = [as_json(m) for m in t.metrics]
     for c in 'truncated', 'unparsed': t[c] = t[c].eq(True)
-    for c in 'task', 'item', 'prompt_hash', 'prediction': t[c] = ['' if pd.isna(x) else str(x) for x in t[c]]
-    types = dict(score=pa.float64(), seconds=pa.float64(), truncated=pa.bool_(), unparsed=pa.bool_())
-    return pa.table({c: pa.array(t[c].tolist(), types.get(c, pa.string()), from_pandas=True) for c in ITEMS})
+    for c in 'task', 'item', 'prompt_hash', 'prediction':
+        t[c] = ['' if pd.isna(x) else str(x) for x in t[c]]
+    types = dict(score=pa.float64(), seconds=pa.float64(), truncated=pa.bool_(),
+                 unparsed=pa.bool_())
+    return pa.table({c: pa.array(t[c].tolist(), types.get(c, pa.string()), from_pandas=True)
+                     for c in ITEMS})
 
 # %% ../nbs/60_records.ipynb #788dbc41
-def _finite(d): return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in d.items()}
+def _finite(d):
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in d.items()}
 
 def _write_run(folder, spec, record, items, steps, env, notebook):
     "Write the files of one run into `folder`"
@@ -81,15 +85,19 @@ def _read_object(path, fields):
     except FileNotFoundError: raise ValueError(f'{name} is missing') from None
     except (ValueError, OSError) as e: raise ValueError(f'{name} cannot be read ({e})') from None
     if not isinstance(d, dict): raise ValueError(f'{name} is no JSON object')
-    if (lost := [k for k in fields if k not in d]): raise ValueError(f'{name} has no field "{lost[0]}"')
+    if (lost := [k for k in fields if k not in d]):
+        raise ValueError(f'{name} has no field "{lost[0]}"')
     return d
 
+# %% ../nbs/60_records.ipynb #7ef7763b
 def read_run(folder):   # Path of a run's folder
     "(record, spec), two dicts, of a run's folder; `ValueError` says what makes it no whole record"
     record = _read_object(os.path.join(folder, 'metrics.json'), ('id','name','status','metrics'))
     spec = _read_object(os.path.join(folder, 'spec.json'), ('id','seed'))
-    if not isinstance(record['metrics'], dict): raise ValueError('metrics.json: "metrics" is no JSON object')
-    if record['id']!=spec['id']: raise ValueError(f'metrics.json has id {record["id"]}, spec.json {spec["id"]}')
+    if not isinstance(record['metrics'], dict):
+        raise ValueError('metrics.json: "metrics" is no JSON object')
+    if record['id']!=spec['id']:
+        raise ValueError(f'metrics.json has id {record["id"]}, spec.json {spec["id"]}')
     return record, spec
 
 # %% ../nbs/60_records.ipynb #d1a8e398
@@ -98,13 +106,14 @@ def run_status(folder):   # Path of a run's folder
     try: return read_run(folder)[0]['status']
     except ValueError: return None
 
+# %% ../nbs/60_records.ipynb #6c0659a6
 def is_ok(folder):   # Path of a run's folder
     "Is there a whole record with status ok?"
     return run_status(folder)=='ok'
 
 # %% ../nbs/60_records.ipynb #c2bc0239
 def save(spec,              # The Spec that ran
-         metrics:dict,      # {name: metric(...) or a float}, such as {'nano_math/accuracy': metric(.61, 'fraction')}
+         metrics:dict,      # {name: metric(...) or a float}; a name is task/key or train/key
          items=None,        # Rows or DataFrame, one per evaluated item, with the columns ITEMS
          steps=None,        # Rows of the training curve, or the path of a steps.jsonl
          env=None,          # Provenance; taken now if None
@@ -114,19 +123,22 @@ def save(spec,              # The Spec that ran
          status:str='ok',   # ok, nan, oom or failed
          certificate=None,  # Proof that the asked method really trained
          message:str=''):   # What happened, for a status other than ok
-    "Write a run's folder, whole or not at all, and return its path; a whole `ok` record that exists stays as it is"
+    """Write a run's folder, whole or not at all, and return its path; a whole `ok` record that
+    exists stays as it is"""
     check_names('status', [status], STATUS)
     folder = Path(folder) if folder else run_folder(study, spec)
     if is_ok(folder): return folder
     ms = {k: metric(**m) if isinstance(m, dict) else metric(m) for k,m in metrics.items()}
-    record = dict(id=spec.id, name=spec.name, status=status, metrics=ms, certificate=certificate or {},
+    record = dict(id=spec.id, name=spec.name, status=status, metrics=ms,
+                  certificate=certificate or {},
                   message=message)
     try:
         with atomic_dir(folder) as t: _write_run(t, spec, record, items, steps, env, notebook)
     except OSError as e:
-        if e.errno in (errno.ENOTEMPTY, errno.EEXIST) and is_ok(folder): return folder     # another process was first
-        raise UserError(f'{relative(folder)}: cannot write the record ({e.strerror or e}). Nothing was changed; free '
-                        f'some space or choose another place.') from e
+        # another process was first
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST) and is_ok(folder): return folder
+        raise UserError(f'{relative(folder)}: cannot write the record ({e.strerror or e}). '
+                        f'Nothing was changed; free some space or choose another place.') from e
     return folder
 
 # %% ../nbs/60_records.ipynb #da46a90f
@@ -136,29 +148,37 @@ def _lineage(spec):
         yield spec
         spec = spec.get('base')
 
+# %% ../nbs/60_records.ipynb #9eff9193
 def _seedless(spec):
     "A Spec (as dict) without seeds, ids and names, at every stage"
     return {k: _seedless(v) if k=='base' and isinstance(v, dict) else v for k,v in spec.items()
             if k not in ('seed','id','name')}
 
+# %% ../nbs/60_records.ipynb #dddd4bbb
 def spec_fields(spec:dict):   # A Spec as dict, with id and seed
-    "The columns that a Spec gives to its row: base, task, method and its arguments, seed, quant, variant, ..."
+    """The columns that a Spec gives to its row: base, task, method and its arguments, seed, quant,
+    variant, ..."""
     line = list(_lineage(spec))
     trained = next((s for s in line if s.get('task')), {})
     quants = [s['quant'] for s in line if s.get('quant')]
-    row = dict(base=str(line[-1].get('base', '')), task=trained.get('task', ''), method=trained.get('method', ''),
+    row = dict(base=str(line[-1].get('base', '')), task=trained.get('task', ''),
+               method=trained.get('method', ''),
                base_quant=next((s['base_quant'] for s in line if s.get('base_quant')), ''),
                quant=quants[0] if quants else '',
-               backend=spec.get('backend', ''), seed=trained.get('seed', spec['seed']), trained=bool(trained),
+               backend=spec.get('backend', ''), seed=trained.get('seed', spec['seed']),
+               trained=bool(trained),
                variant=hash_of(_seedless(spec)))
-    row.update({k if k not in row else f'method.{k}': v for k,v in trained.get('method_args', {}).items()})
-    for part in 'train', 'task_args': row.update({f'{part}.{k}': v for k,v in trained.get(part, {}).items()})
+    row.update({k if k not in row else f'method.{k}': v
+                for k,v in trained.get('method_args', {}).items()})
+    for part in 'train', 'task_args':
+        row.update({f'{part}.{k}': v for k,v in trained.get(part, {}).items()})
     return row
 
 # %% ../nbs/60_records.ipynb #e313dcb2
 def training_cost(spec,        # A Spec
                   study:str):  # Name of the study that holds the record of its base
-    "The `train/...` metrics of the run that `spec` starts from; empty when its base is no Spec or has no record"
+    """The `train/...` metrics of the run that `spec` starts from; empty when its base is no Spec
+    or has no record"""
     if not isinstance(spec.base, Spec): return {}
     try: record, _ = read_run(run_folder(study, spec.base))
     except ValueError: return {}
@@ -181,12 +201,13 @@ def run_folders(path):   # A folder
 
 # %% ../nbs/60_records.ipynb #59038c08
 def find_records(path):   # A folder or file, or the name of a study
-    "Path of `path` as it is, from the project root, or as a study in the results or the reference; else `UserError`"
+    """Path of `path` as it is, from the project root, or as a study in the results or the
+    reference; else `UserError`"""
     for p in (Path(path).expanduser(), project_path(path), results_path(path),
               project_path(setting('reference'), path)):
         if p.exists(): return p
-    raise UserError(f'{path}: no such file, folder or study. Looked from here, from the project root, in '
-                    f'{setting("results")} and in {setting("reference")}.')
+    raise UserError(f'{path}: no such file, folder or study. Looked from here, from the project '
+                    f'root, in {setting("results")} and in {setting("reference")}.')
 
 # %% ../nbs/60_records.ipynb #9cf1b741
 FIELDS = 'id name status base task method r base_quant quant backend seed'.split()
@@ -196,9 +217,12 @@ def records_frame(rows):   # Dicts: fields, and under `metrics` {name: metric}
     fields = list(dict.fromkeys(FIELDS + [k for r in rows for k in r if k!='metrics']))
     cols = sorted({k for r in rows for k in r['metrics']})
     data = {c: [r.get(c) for r in rows] for c in fields}
-    data.update({c: np.array([(r['metrics'].get(c) or {}).get('value') for r in rows], float) for c in cols})
+    data.update({c: np.array([(r['metrics'].get(c) or {}).get('value') for r in rows], float)
+                 for c in cols})
     df = pd.DataFrame(dict(data, metrics=[r['metrics'] for r in rows]))
-    if len(df): df = df.sort_values(['name','seed','id'], kind='stable', na_position='first').reset_index(drop=True)
+    if len(df):
+        df = df.sort_values(['name','seed','id'], kind='stable', na_position='first')
+        df = df.reset_index(drop=True)
     return df
 
 # %% ../nbs/60_records.ipynb #d0c1fd62
@@ -211,7 +235,8 @@ def load_records(*paths):   # Studies or folders; all results if none are given
             except ValueError as e:
                 warnings.warn(f'{relative(f)}: {e}. Skipped.', stacklevel=2)
                 continue
-            rows.setdefault(record['id'], dict(spec_fields(spec), id=record['id'], name=record['name'],
+            rows.setdefault(record['id'],
+                            dict(spec_fields(spec), id=record['id'], name=record['name'],
                                                status=record['status'], message=record.get('message', ''), folder=f,
                                                format='flow2lab', metrics=record['metrics']))
     return records_frame(list(rows.values()))
@@ -224,8 +249,10 @@ def _parquet_fault(file, cols):
     except Exception as e: return f'no readable Parquet ({str(e).splitlines()[0]})'
     return f'no column {sorted(lost)}' if lost else None
 
+# %% ../nbs/60_records.ipynb #ec124ce6
 def _read_items(files, cols, task):
-    "(Arrow table, [(file, cause)]) of the wanted columns of many Parquet files; broken ones are found one by one"
+    """(Arrow table, [(file, cause)]) of the wanted columns of many Parquet files; broken ones are
+    found one by one"""
     import duckdb
     def read(files):
         with duckdb.connect() as c:
@@ -244,14 +271,17 @@ def _read_items(files, cols, task):
 def item_rows(df,          # Records
               cols,        # Which of the columns ITEMS
               task=None):  # Only items of this task
-    "((items,) position in `df` of each item's run, DataFrame of the items); warns of unreadable files"
-    files = {os.path.join(f, 'items.parquet'): i for i,f in enumerate(df.get('folder', [])) if isinstance(f, str)}
+    """((items,) position in `df` of each item's run, DataFrame of the items); warns of unreadable
+    files"""
+    files = {os.path.join(f, 'items.parquet'): i for i,f in enumerate(df.get('folder', []))
+             if isinstance(f, str)}
     files = {f: i for f,i in files.items() if os.path.exists(f)}
     if not files: return np.empty(0, int), pd.DataFrame(columns=cols)
     t, bad = _read_items(list(files), cols, task)
     for f,why in bad: warnings.warn(f'{relative(f)}: {why}. Its items are skipped.', stacklevel=3)
     file = t['_file'].combine_chunks().dictionary_encode()
-    run = np.array([files[f] for f in file.dictionary.to_pylist()], int)[file.indices.to_numpy(zero_copy_only=False)]
+    run_of = np.array([files[f] for f in file.dictionary.to_pylist()], int)
+    run = run_of[file.indices.to_numpy(zero_copy_only=False)]
     return run, t.select(cols).to_pandas()
 
 # %% ../nbs/60_records.ipynb #0cdc3238
@@ -270,8 +300,10 @@ def load_items(paths,          # A records DataFrame, or what `load_records` tak
 def _peft_steps(file):
     "The validation points of a result file of PEFT's method_comparison"
     for m in json.loads(Path(file).read_text(encoding='utf-8'))['train_info']['metrics']:
-        if 'valid accuracy' in m: yield dict(step=m['step'], loss=m.get('train loss'), val_accuracy=m['valid accuracy'])
+        if 'valid accuracy' in m:
+            yield dict(step=m['step'], loss=m.get('train loss'), val_accuracy=m['valid accuracy'])
 
+# %% ../nbs/60_records.ipynb #22b2ef12
 def _steps_of(folder, format):
     "The looks at one training"
     if not isinstance(folder, str): return
@@ -282,13 +314,17 @@ def _steps_of(folder, format):
     if not f.is_file(): return
     for i,line in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
         try: yield json.loads(line)
-        except ValueError: warnings.warn(f'{relative(f)}:{i}: no JSON. Line skipped.', stacklevel=3)
+        except ValueError:
+            warnings.warn(f'{relative(f)}:{i}: no JSON. Line skipped.', stacklevel=3)
 
+# %% ../nbs/60_records.ipynb #840a7eb6
 def load_steps(df):   # Records
-    "The training curves: `id`, `name`, `seed`, and what each line of steps.jsonl says (step, loss, val_loss, ...)"
+    """The training curves: `id`, `name`, `seed`, and what each line of steps.jsonl says (step,
+    loss, val_loss, ...)"""
     out = []
     for r in df[['id','name','seed','folder','format']].itertuples():
-        for s in _steps_of(r.folder, r.format): out.append(dict(id=r.id, name=r.name, seed=r.seed, **s))
+        for s in _steps_of(r.folder, r.format):
+            out.append(dict(id=r.id, name=r.name, seed=r.seed, **s))
     return pd.DataFrame(out)
 
 # %% ../nbs/60_records.ipynb #16bd4549
@@ -298,5 +334,6 @@ def summary(study):       # Name of a study under the results, or a folder
     df = load_records(root)
     empty = [c for c in df if df[c].isna().all() and c not in FIELDS]
     drop = [c for c in ('metrics','folder','format','trained') if c in df] + empty
-    df = df.drop(columns=drop).assign(folder=[os.path.relpath(f, root).replace(os.sep, '/') for f in df.folder])
+    df = df.drop(columns=drop).assign(folder=[os.path.relpath(f, root).replace(os.sep, '/')
+                                              for f in df.folder])
     return atomic_write(root/'metrics_summary.csv', df.to_csv(index=False, lineterminator='\n'))

@@ -21,7 +21,7 @@ from .plots import plot_curves, plot_differences, plot_leaderboard, plot_pareto,
 
 # %% ../nbs/69_report.ipynb #40bfb9ed
 def figure_svg(fig,                      # A matplotlib Figure
-               salt:str='flow2lab'):     # Makes the ids in the SVG, which must differ between figures of one page
+               salt:str='flow2lab'):     # Makes its ids, which must differ on one page
     "The figure as SVG, bytes that depend on nothing else"
     out = io.BytesIO()
     with mpl.rc_context({'svg.hashsalt': salt}):
@@ -35,7 +35,8 @@ def save_figure(fig,          # A matplotlib Figure
     "Write `stem`.svg and `stem`.png; returns both paths"
     png = io.BytesIO()
     fig.savefig(png, format='png', dpi=dpi, metadata={'Software': None})
-    return [atomic_write(Path(f'{stem}.svg'), figure_svg(fig)), atomic_write(Path(f'{stem}.png'), png.getvalue())]
+    return [atomic_write(Path(f'{stem}.svg'), figure_svg(fig)),
+            atomic_write(Path(f'{stem}.png'), png.getvalue())]
 
 # %% ../nbs/69_report.ipynb #e01be5ce
 def frame_html(df,        # A DataFrame; floats are formatted
@@ -50,7 +51,7 @@ def frame_html(df,        # A DataFrame; floats are formatted
     return gt.tab_options(table_font_size='14px', data_row_padding='4px').as_raw_html()
 
 # %% ../nbs/69_report.ipynb #ce094a3d
-def to_html(x,         # Figure, DataFrame, Comparison, dict, list, or text with empty lines between paragraphs
+def to_html(x,         # Figure, DataFrame, Comparison, dict, list, or text in paragraphs
             salt:str): # Unique on the page
     "One part of a section as HTML; text is escaped"
     if isinstance(x, Figure):
@@ -59,8 +60,10 @@ def to_html(x,         # Figure, DataFrame, Comparison, dict, list, or text with
     if isinstance(x, pd.DataFrame): return f'<div class="table">{frame_html(x, salt)}</div>'
     if hasattr(x, '_repr_html_'): return f'<div class="table">{x._repr_html_()}</div>'
     if isinstance(x, dict):
-        return '<dl>' + ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k,v in x.items()) + '</dl>'
-    if isinstance(x, (list, tuple)): return '<ul>' + ''.join(f'<li>{html.escape(str(i))}</li>' for i in x) + '</ul>'
+        return '<dl>' + ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>'
+                                for k,v in x.items()) + '</dl>'
+    if isinstance(x, (list, tuple)):
+        return '<ul>' + ''.join(f'<li>{html.escape(str(i))}</li>' for i in x) + '</ul>'
     return ''.join(f'<p>{html.escape(p)}</p>' for p in str(x).split('\n\n'))
 
 # %% ../nbs/69_report.ipynb #04053850
@@ -68,7 +71,8 @@ def with_key(sections):   # [(heading, part, ...), ...]
     "The sections with a key after the first Comparison, where one is among them"
     out, done = [], False
     for heading,*parts in sections:
-        at = next((i for i,x in enumerate(parts) if isinstance(x, Comparison) and len(x.rows)), None)
+        at = next((i for i,x in enumerate(parts) if isinstance(x, Comparison) and len(x.rows)),
+                  None)
         if at is not None and not done:
             parts, done = [*parts[:at+1], dict(parts[at].key()), *parts[at+1:]], True
         out.append((heading, *parts))
@@ -92,13 +96,16 @@ svg{{max-width:100%;height:auto}} figure{{margin:1.4rem 0}} .table{{overflow-x:a
 def html_report(path,        # Where to, .html
                 title:str,   # Of the page
                 sections):   # [(heading, text, Figure, DataFrame, Comparison, list, ...), ...]
-    "Write one self-contained HTML page, the first Comparison on it with a key to its columns; returns its path"
+    """Write one self-contained HTML page, the first Comparison on it with a key to its columns;
+    returns its path"""
     sections = with_key(sections)
     anchors = [re.sub(r'\W+', '-', h.lower()).strip('-') for h,*_ in sections]
     def head(a, h): return f'<h2 id="{a}">{html.escape(h)}</h2>\n' if h else ''
-    def parts(a, xs): return '\n'.join(to_html(x, f'{a}-{i}') for i,x in enumerate(xs) if x is not None)
+    def parts(a, xs):
+        return '\n'.join(to_html(x, f'{a}-{i}') for i,x in enumerate(xs) if x is not None)
     body = '\n'.join(head(a, h) + parts(a, xs) for a,(h,*xs) in zip(anchors, sections))
-    nav = ''.join(f'<a href="#{a}">{html.escape(h)}</a>' for a,(h,*_) in zip(anchors, sections) if h)
+    nav = ''.join(f'<a href="#{a}">{html.escape(h)}</a>' for a,(h,*_) in zip(anchors, sections)
+                  if h)
     return atomic_write(Path(path), _page.format(title=html.escape(title), nav=nav, body=body))
 
 # %% ../nbs/69_report.ipynb #3c6449c8
@@ -110,10 +117,12 @@ def _best_section(df, items, metrics):
     best['value'] = [fmt(v, u) for v,u in zip(best['value'], best.pop('unit'))]
     return best.rename(columns={'tied_with': 'tied with'})
 
+# %% ../nbs/69_report.ipynb #49fe9ed8
 def report_sections(df,             # Records
                     items=None,     # Items, from `load_items`; read from the run folders if None
                     metrics=None):  # Which to show; one per task if None
-    "Sections for `html_report`: best by category, then each metric's table and plots, ranks and curves"
+    """Sections for `html_report`: best by category, then each metric's table and plots, ranks and
+    curves"""
     metrics = metrics or quality_metrics(df)
     out = [('Best by category', _best_section(df, items, metrics))]
     for m in metrics:
@@ -121,6 +130,7 @@ def report_sections(df,             # Records
         figs = [plot_leaderboard(c)] + ([plot_differences(c)] if c.differences is not None else [])
         if 'memory' in c.rows and (c.rows['memory']>0).any(): figs.append(plot_pareto(c))
         out.append((m, c.claim()[:1].upper()+c.claim()[1:]+'.', c, *figs))
-    if 'r' in df and df[df['status']=='ok']['r'].nunique()>2: out.append(('Rank', plot_rank(df, items, metrics[0])))
+    if 'r' in df and df[df['status']=='ok']['r'].nunique()>2:
+        out.append(('Rank', plot_rank(df, items, metrics[0])))
     if 'folder' in df and len(s := load_steps(df)): out.append(('Training', plot_curves(df, s)))
     return out

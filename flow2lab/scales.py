@@ -35,7 +35,8 @@ SCALES = dict(
         quant_args={}, ranks=(8, 32, 128),
         train=dict(epochs=1, batch_tokens=2048, seq_len=1024, precision='bf16')),
     full=AttrDict(
-        name='full', base='Qwen/Qwen3-0.6B', smaller='Qwen/Qwen3-0.6B', larger='Qwen/Qwen3-1.7B', dtype='bf16',
+        name='full', base='Qwen/Qwen3-0.6B', smaller='Qwen/Qwen3-0.6B',
+        larger='Qwen/Qwen3-1.7B', dtype='bf16',
         task='openmath', task_args=dict(n=1000),
         eval=dict(openmath=200, arc=200, squad_v2=200),
         quant_args={}, ranks=(32, 128, 256, 1024),
@@ -49,19 +50,24 @@ def scale_of(name:str):   # nano, small or full
 # %% ../nbs/75_scales.ipynb #3621b1ed
 def settings_text(x):   # A value of a scale
     "A setting as a person reads it"
-    if isinstance(x, dict): return ', '.join(f'{k} {v}' if not isinstance(v, dict) else k+' ('+settings_text(v)+')'
-                                             for k,v in x.items())
+    if isinstance(x, dict):
+        return ', '.join(f'{k} {v}' if not isinstance(v, dict) else k+' ('+settings_text(v)+')'
+                         for k,v in x.items())
     return ', '.join(map(str, x)) if isinstance(x, (list, tuple)) else str(x)
 
+# %% ../nbs/75_scales.ipynb #99f2aecf
 def scales_table(scales=SCALES):   # {name: settings}, SCALES or PRETRAIN
     "A DataFrame of text, one column per scale, one row per setting"
     keys = dict.fromkeys(k for s in scales.values() for k in s if k!='name')
-    return pd.DataFrame({name: {k: settings_text(s.get(k, '')) for k in keys} for name,s in scales.items()})
+    return pd.DataFrame({name: {k: settings_text(s.get(k, '')) for k in keys}
+                         for name,s in scales.items()})
 
 # %% ../nbs/75_scales.ipynb #1ade4fb5
 def rates_table(axis=method):   # The axis `method` or `arch`
-    "A DataFrame of the learning rates that the entries of an axis own, one column per scale; empty where none"
-    return pd.DataFrame({name: {s: getattr(axis[name], 'rates', {}).get(s, '') for s in SCALES} for name in axis}).T
+    """A DataFrame of the learning rates that the entries of an axis own, one column per scale;
+    empty where none"""
+    return pd.DataFrame({name: {s: getattr(axis[name], 'rates', {}).get(s, '') for s in SCALES}
+                         for name in axis}).T
 
 # %% ../nbs/75_scales.ipynb #e11a9cdd
 def base_spec(s,      # Settings, from `scale_of`
@@ -75,11 +81,13 @@ def trained_spec(s,            # Settings, from `scale_of`
                  method:str,   # Entry of the axis `method`
                  seed:int=0,   # Of the training
                  **kw):        # Further fields of the Spec; train={...} is merged into the scale's
-    "The Spec that trains a scale's base by `method` at its learning rate; `UserError` where it has none"
+    """The Spec that trains a scale's base by `method` at its learning rate; `UserError` where it
+    has none"""
     given = kw.pop('train', {})
     lr = given['lr'] if 'lr' in given else rate_of(method, s.name)
     train = {**s.train, 'lr': lr, **given}
-    return base_spec(s, **{**dict(task=s.task, task_args=s.task_args, method=method, train=train, seed=seed), **kw})
+    return base_spec(s, **{**dict(task=s.task, task_args=s.task_args, method=method, train=train,
+                                  seed=seed), **kw})
 
 # %% ../nbs/75_scales.ipynb #79efb1c7
 def quantized_spec(s,          # Settings, from `scale_of`
@@ -118,7 +126,8 @@ PRETRAIN = dict(
         beside='SmolLM2-135M-Instruct'),
     full=AttrDict(
         name='full', archs=_archs, size='small', task='text',
-        train=dict(_real_text, tokens=2_500_000_000, batch_tokens=2**19, micro_tokens=2**15, seq_len=1024),
+        train=dict(_real_text, tokens=2_500_000_000, batch_tokens=2**19, micro_tokens=2**15,
+                   seq_len=1024),
         corpus=['fineweb_edu'], limit=4_000_000, vocab=32_000,
         eval=dict(perplexity=dict(subset='wikitext-103-raw-v1', window=1024)),
         beside='HuggingFaceTB/SmolLM2-135M'))
@@ -129,13 +138,14 @@ def arch_rate(name:str,    # Entry of the axis `arch`
     "The learning rate of an architecture at a scale; `UserError` where its entry has none"
     rates = getattr(arch[name], 'rates', {})
     if scale in rates: return rates[scale]
-    raise UserError(f'architecture {name}: has no learning rate for scale {scale}. Give its entry one, '
-                    f'@arch(rates=dict({scale}=1e-3), ...), or the run, train=dict(lr=1e-3).')
+    raise UserError(f'architecture {name}: has no learning rate for scale {scale}. Give its entry '
+                    f'one, @arch(rates=dict({scale}=1e-3), ...), or the run, train=dict(lr=1e-3).')
 
 # %% ../nbs/75_scales.ipynb #1f7ee71d
 def with_text(p,         # Settings, from PRETRAIN
               name:str): # Folder in data/outputs for the corpus, the tokenizer and the pack
-    "`p` with its text made ready as `task_args`, and the learning rate of each architecture as `lr`"
+    """`p` with its text made ready as `task_args`, and the learning rate of each architecture as
+    `lr`"""
     p = AttrDict(p, lr={a: arch_rate(a, p.name) for a in p.archs})
     if 'corpus' not in p: return p
     from flow2lab.corpus import prepare
@@ -143,19 +153,23 @@ def with_text(p,         # Settings, from PRETRAIN
     from flow2lab.packs import pack_corpus
     out = project_path('data', 'outputs', name)
     prepare([str(find_data(c)) if '/' in c else c for c in p.corpus], out/'corpus', limit=p.limit)
-    tok = make_tokenizer(out/'corpus', out/'tokenizer', vocab=p.vocab, context=p.train['seq_len'], force=True)
+    tok = make_tokenizer(out/'corpus', out/'tokenizer', vocab=p.vocab, context=p.train['seq_len'],
+                         force=True)
     pack_corpus(out/'corpus', tok, out/'pack', seq_len=p.train['seq_len'])
-    return AttrDict(p, task_args=dict(path=relative(out/'pack'), tokenizer=relative(out/'tokenizer')))
+    return AttrDict(p, task_args=dict(path=relative(out/'pack'),
+                                      tokenizer=relative(out/'tokenizer')))
 
 # %% ../nbs/75_scales.ipynb #538b9c5c
 def pretrained_spec(name:str,     # Entry of the axis `arch`
                     seed:int=0,   # Of weights and order of the data
                     p='nano',     # A scale, or what `with_text` made of one
-                    **kw):        # Further fields of the Spec; train={...} is merged into the scale's
-    "The Spec that trains a preset of an architecture from nothing; `UserError` where it has no rate for the scale"
+                    **kw):        # Further fields of the Spec; train={...} is merged
+    """The Spec that trains a preset of an architecture from nothing; `UserError` where it has no
+    rate for the scale"""
     p = PRETRAIN[p] if isinstance(p, str) else p
     given = kw.pop('train', {})
     lr = given['lr'] if 'lr' in given else arch_rate(name, p.name)
     train = {**p.train, 'lr': lr, **given}
-    return Spec(**{**dict(base=f'{name}-{p.size}', dtype='fp32', task=p.task, task_args=p.task_args, method='full',
+    return Spec(**{**dict(base=f'{name}-{p.size}', dtype='fp32', task=p.task,
+                          task_args=p.task_args, method='full',
                           eval=p.eval, train=train, seed=seed), **kw})
