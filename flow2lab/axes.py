@@ -152,7 +152,7 @@ quantizer = Axis('quantizer', 'flow2lab.quantize')
 backend = Axis('backend', homes=dict(hf='flow2lab.hf', mlx='flow2lab.backends', gguf='flow2lab.backends'))
 
 # %% ../nbs/02_axes.ipynb #61df4569
-objective = Axis('objective', 'flow2lab.train', 'flow2lab.preference')
+objective = Axis('objective', homes=dict(labels='flow2lab.train', preference='flow2lab.preference'))
 
 # %% ../nbs/02_axes.ipynb #eb56af83
 kernel = Axis('kernel', 'flow2lab.kernels')

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import AttrDict, patch
 from .values import bound_args, check_dict, check_names, check_value, merged, UserError
 from .files import fingerprint, hash_of, portable_path, project_path, results_path, setting, to_json
-from .axes import arch, backend, method, quantizer, task
+from .axes import arch, backend, method, objective, quantizer, task
 from .names import spec_name
 
 # %% ../nbs/04_spec.ipynb #625b1b07
@@ -202,6 +202,7 @@ def plugins(self:Spec):
     "{entry: hash of its plugin's source} for the entries of this Spec that plugins added"
     used = [(method, self.method), (quantizer, self.base_quant), (quantizer, self.quant), (backend, self.backend)]
     used += [(task, t) for t in (self.task, *self.eval)]
+    if self.task: used.append((objective, getattr(task[self.task], 'objective', 'labels')))
     if isinstance(self.base, str) and '/' not in self.base and not base_folder(self.base):
         used.append((arch, self.base.split('-')[0]))
     found = {f'{axis.name} {name}': axis.plugin(name) for axis,name in used if name and name in axis}
