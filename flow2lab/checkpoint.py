@@ -26,7 +26,9 @@ def seal(folder,   # With all its files written
          **about): # What the manifest says besides, e.g. `step` and `run`
     "Write manifest.json, with `about` and the hash of every file, as the last part of `folder`"
     folder = Path(folder)
-    files = {str(f.relative_to(folder)): fingerprint(f, 64) for f in sorted(folder.rglob('*')) if f.is_file()}
+    files = {}
+    for f in sorted(folder.rglob('*')):
+        if f.is_file(): files[str(f.relative_to(folder))] = fingerprint(f, 64)
     for f in files: _sync(folder/f)
     atomic_write(folder/'manifest.json', to_json(dict(about, files=files), indent=1))
 
@@ -54,7 +56,8 @@ def by_step(folder): # That holds checkpoints
 # %% ../nbs/47_checkpoint.ipynb #0813bfd6
 def newest(folder,    # That holds checkpoints
            run=None): # What the checkpoint must agree with, from `run_key`
-    "`(path, manifest)` of the newest whole checkpoint, None if there are none; `UserError` if none is left, or another's"
+    "`(path, manifest)` of the newest whole checkpoint, None if there are none; `UserError` if " \
+    "none is left, or another's"
     bad = []
     for p in reversed(by_step(folder)):
         try: m = sealed(p)
@@ -67,12 +70,14 @@ def newest(folder,    # That holds checkpoints
                             'Choose another folder, or resume=False to start anew.')
         if bad: warnings.warn(f'{"; ".join(bad)}. Resuming from {p.name} instead.')
         return p, m
-    if bad: raise UserError(f'{"; ".join(bad)}. No whole checkpoint is left; resume=False starts anew.')
+    if bad:
+        raise UserError(f'{"; ".join(bad)}. No whole checkpoint is left; resume=False starts anew.')
 
 # %% ../nbs/47_checkpoint.ipynb #39f20077
 def clear_checkpoints(out,          # Folder of a run
                       resume=True): # Keep whole checkpoints, to go on from
-    "Make `out/checkpoints` and remove half-written ones; without `resume` whole ones, `best` and `last` too"
+    "Make `out/checkpoints` and remove half-written ones; without `resume` whole ones, `best` " \
+    "and `last` too"
     (out/'checkpoints').mkdir(parents=True, exist_ok=True)
     old = ['checkpoints/.checkpoint-*']
     if not resume: old += ['checkpoints/checkpoint-*', 'best', 'last']
@@ -90,34 +95,38 @@ def model_hash(model): # Perhaps with an adapter
     def few(p):
         if p.requires_grad or not p.dtype.is_floating_point: return []
         return p.detach().flatten()[:8].tolist()
-    return hash_of([(n, p.requires_grad, str(tuple(p.shape)), *few(p)) for n,p in model.named_parameters()])
+    facts = lambda n,p: (n, p.requires_grad, str(tuple(p.shape)), *few(p))
+    return hash_of([facts(n, p) for n,p in model.named_parameters()])
 
 # %% ../nbs/47_checkpoint.ipynb #14f684cb
 def data_hash(data): # `StepData`: has `samples` and their `sizes`
     "Hash of the lengths of all samples and of tokens and labels of up to 1,000 of them"
     n = len(data.samples)
     few = [data.samples[i] for i in np.linspace(0, n-1, min(1000, n)).astype(int)]
-    tokens = [np.asarray([*x['input_ids'], *x['labels']] if isinstance(x, dict) else x, np.int64).tobytes()
-              for x in few]
-    return hashlib.sha256(data.sizes.tobytes() + b''.join(tokens)).hexdigest()[:16]
+    tokens = [[*x['input_ids'], *x['labels']] if isinstance(x, dict) else x for x in few]
+    tokens = b''.join(np.asarray(x, np.int64).tobytes() for x in tokens)
+    return hashlib.sha256(data.sizes.tobytes() + tokens).hexdigest()[:16]
 
 # %% ../nbs/47_checkpoint.ipynb #f91a9b70
 def run_key(model, # As it will train
             data,  # Its planned `StepData`
             t,     # `spec.train`
             seed): # `spec.seed`
-    "{what: hash or value} by which a checkpoint knows its run; how often it saves and validates is not part of it"
+    "{what: hash or value} by which a checkpoint knows its run; how often it saves and " \
+    "validates is not part of it"
     settings = {k: v for k,v in t.items() if k not in ('save_every', 'eval_every')}
     return dict(settings=hash_of(settings), seed=seed, steps=len(data), batching=data.batching,
                 data=data_hash(data), model=model_hash(model))
 
 # %% ../nbs/47_checkpoint.ipynb #4b871182
 class Checkpoints:
-    "Saving and loading for a transformers Trainer; it needs `curve`, `run`, `schedule`, `tok`, `about`, `use_cache`"
+    "Saving and loading for a transformers Trainer; it needs `curve`, `run`, `schedule`, `tok`, " \
+    "`about`, `use_cache`"
     schedule = None                # What a method does during training, e.g. AdaLoRA's pruning
     @property
     def sharded(self): return self.is_fsdp_enabled or self.is_deepspeed_enabled
-    def _get_output_dir(self, trial=None): return getattr(self, '_tmp', None) or self.args.output_dir
+    def _get_output_dir(self, trial=None):
+        return getattr(self, '_tmp', None) or self.args.output_dir
 
 # %% ../nbs/47_checkpoint.ipynb #93690f87
 @patch
@@ -128,7 +137,8 @@ def save_model(self:Checkpoints, output_dir=None, _internal_call=False):
     if not self.args.should_save: return
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: p.detach().contiguous() for n,p in trained_params(self.model).items()}, folder/'trained.safetensors')
+    weights = {n: p.detach().contiguous() for n,p in trained_params(self.model).items()}
+    save_file(weights, folder/'trained.safetensors')
     if self.schedule: torch.save(self.schedule.state(), folder/'schedule.pt')
     (folder/'curve.json').write_text(json.dumps(self.curve.steps))
 
@@ -137,19 +147,32 @@ def save_model(self:Checkpoints, output_dir=None, _internal_call=False):
 def _load_from_checkpoint(self:Checkpoints, resume_from_checkpoint, model=None):
     "Weights and schedule from what `save_model` wrote"
     from safetensors.torch import load_file
-    if self.sharded: return super(Checkpoints, self)._load_from_checkpoint(resume_from_checkpoint, model)
+    if self.sharded:
+        return super(Checkpoints, self)._load_from_checkpoint(resume_from_checkpoint, model)
     folder = Path(resume_from_checkpoint)
     saved, mine = load_file(folder/'trained.safetensors'), trained_params(self.model)
     assert saved.keys()==mine.keys(), 'newest() compares the names'
     with torch.no_grad():
         for n,p in mine.items(): p.copy_(saved[n])
     if self.schedule:
-        self.schedule.load_state(torch.load(folder/'schedule.pt', weights_only=True, map_location=self.args.device))
+        state = torch.load(folder/'schedule.pt', weights_only=True, map_location=self.args.device)
+        self.schedule.load_state(state)
+
+# %% ../nbs/47_checkpoint.ipynb #612865e0
+@patch
+def _publish(self:Checkpoints, written, final):
+    "Seal the folder `written` and give it its name"
+    seal(written, step=self.state.global_step, run=self.run, threads=torch.get_num_threads(),
+         versions=versions())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(written, final)
+    fsync_dir(final.parent)
 
 # %% ../nbs/47_checkpoint.ipynb #bc25097f
 @patch
 def _save_checkpoint(self:Checkpoints, model, trial=None):
-    "Trainer's checkpoint, written under a temporary name, sealed, then renamed; the two newest stay"
+    "Trainer's checkpoint, written under a temporary name, sealed, then renamed; the two newest " \
+    "stay"
     final = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
     self._tmp = tmp = final.with_name(f'.{final.name}.tmp')
     main = self.accelerator.is_main_process
@@ -166,13 +189,13 @@ def _save_checkpoint(self:Checkpoints, model, trial=None):
     if main:
         for old in by_step(final.parent)[:-2]: shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/47_checkpoint.ipynb #86713ae5
 @patch
-def _publish(self:Checkpoints, written, final):
-    "Seal the folder `written` and give it its name"
-    seal(written, step=self.state.global_step, run=self.run, threads=torch.get_num_threads(), versions=versions())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(written, final)
-    fsync_dir(final.parent)
+def _training_facts(self:Checkpoints):
+    "What card and training.json say: `about` the run, and where it stands"
+    last = self.curve.steps[-1]
+    return dict(self.about, step=last['step'], steps=self.state.max_steps, tokens=last['tokens'],
+                loss=last['loss'], val_loss=last.get('val_loss'))
 
 # %% ../nbs/47_checkpoint.ipynb #22afbd6c
 @patch
@@ -185,7 +208,8 @@ def save_weights(self:Checkpoints,
     kw = {}
     if hasattr(model, 'peft_config'):
         parts = 'embed', 'lm_head', 'wte'
-        kw['save_embedding_layers'] = any(part in n for n in trained_params(model) for part in parts)
+        names = list(trained_params(model))
+        kw['save_embedding_layers'] = any(part in n for n in names for part in parts)
     cache, model.config.use_cache = model.config.use_cache, self.use_cache
     with writing(folder), atomic_dir(folder) as d, quiet():
         model.save_pretrained(d, state_dict=state, **kw)
@@ -194,10 +218,3 @@ def save_weights(self:Checkpoints,
         (d/'training.json').write_text(to_json(about, indent=1), encoding='utf-8')
     model.config.use_cache = cache
     return folder
-
-@patch
-def _training_facts(self:Checkpoints):
-    "What card and training.json say: `about` the run, and where it stands"
-    last = self.curve.steps[-1]
-    return dict(self.about, step=last['step'], steps=self.state.max_steps, tokens=last['tokens'], loss=last['loss'],
-                val_loss=last.get('val_loss'))

@@ -15,7 +15,8 @@ from .files import atomic_write
 
 # %% ../nbs/08_curve.ipynb #743c0760
 class Curve:
-    "The steps done: `steps` as a list, as lines of a file and as a bar; `tokens` and `seconds` in all"
+    "The steps done: `steps` as a list, as lines of a file and as a bar; `tokens` and `seconds` " \
+    "in all"
     def __init__(self,
                  path=None,      # steps.jsonl; None for no file
                  total=None,     # Steps to come in all, for the bar
@@ -25,10 +26,12 @@ class Curve:
         if path:
             atomic_write(path, ''.join(json.dumps(s)+'\n' for s in self.steps))
             self.file = open(path, 'a')
-        self.bar = tqdm(total=total, initial=len(self.steps), disable=not progress, unit='step', mininterval=0.5)
+        self.bar = tqdm(total=total, initial=len(self.steps), disable=not progress, unit='step',
+                        mininterval=0.5)
         self.seconds = self.steps[-1]['seconds'] if steps else 0.
         self.tokens = self.steps[-1]['tokens'] if steps else 0
-        self.before = self.tokens, self.seconds          # of an earlier run, which had another speed
+        # of an earlier run, which had another speed
+        self.before = self.tokens, self.seconds
         self.t0 = time.perf_counter()
 
 # %% ../nbs/08_curve.ipynb #5f14d1ea
@@ -52,7 +55,8 @@ def paused(self:Curve):
 def add(self:Curve,
         tokens,  # Useful tokens of this step
         **line): # step, loss, lr, grad_norm
-    "Add a step; returns its line, with the tokens and seconds so far, to be completed before `write`"
+    "Add a step; returns its line, with the tokens and seconds so far, to be completed before " \
+    "`write`"
     self.lap()
     self.tokens += tokens
     self.steps.append(dict(line, tokens=self.tokens, seconds=round(self.seconds, 4)))

@@ -18,7 +18,8 @@ from .files import atomic_dir, writing
 # %% ../nbs/43_encode.ipynb #505502c4
 def prompt_text(tok,       # Tokenizer, perhaps with a chat template
                 messages): # `dict(role, content)` each, what comes before the answer
-    "What the model reads before it answers: the template's prompt, or without a template the contents and a line end"
+    "What the model reads before it answers: the template's prompt, or without a template the " \
+    "contents and a line end"
     if not tok.chat_template: return '\n'.join(m['content'] for m in messages) + '\n'
     return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -29,7 +30,8 @@ def turn_text(tok,      # Tokenizer, perhaps with a chat template
     "What follows `prompt_text` when the assistant says `answer`, with the template's end of turn"
     if not tok.chat_template: return answer
     before = prompt_text(tok, messages)
-    full = tok.apply_chat_template([*messages, dict(role='assistant', content=answer)], tokenize=False)
+    full = tok.apply_chat_template([*messages, dict(role='assistant', content=answer)],
+                                   tokenize=False)
     if not full.startswith(before): before = os.path.commonprefix([before, full])
     return full[len(before):]
 
@@ -56,7 +58,8 @@ def encode_turn(tok,      # Tokenizer
 def one_bos(tok,     # Tokenizer
             ids,     # Token ids of a whole sample
             labels): # Their labels
-    "`(ids, labels)` with exactly one BOS where the tokenizer has one and uses it, and none elsewhere"
+    "`(ids, labels)` with exactly one BOS where the tokenizer has one and uses it, and none " \
+    "elsewhere"
     bos = tok.bos_token_id
     if bos is None: return ids, labels
     n = next((i for i,t in enumerate(ids) if t!=bos), len(ids))     # how many stand there now
@@ -80,7 +83,8 @@ def encode_chat(messages, # `dict(role, content)` each, in turn
     for i,m in enumerate(messages):
         if m['role']!='assistant': continue
         before = prompt_text(tok, messages[:i])
-        if not before.startswith(done): ids, labels, done = [], [], ''     # the template rewrote history
+        # the template rewrote history
+        if not before.startswith(done): ids, labels, done = [], [], ''
         prompt = token_ids(tok, before[len(done):])
         turn, learned = encode_turn(tok, messages[:i], m['content'])
         ids = ids + prompt + turn
@@ -89,7 +93,8 @@ def encode_chat(messages, # `dict(role, content)` each, in turn
     return ids, labels
 
 # %% ../nbs/43_encode.ipynb #e286a1f3
-def encode_row(row,              # `dict(messages, answer)`, `dict(messages)` ending with the assistant, or `dict(text)`
+def encode_row(# `dict(messages, answer)`, `dict(messages)` ending with the assistant, or `dict(text)`
+               row,
                tok,              # Tokenizer
                loss_on='answer'):# `answer`, or `all` to learn the prompt too
     "`(input_ids, labels)` of one row, as long as each other; what is not learned is labelled -100"
@@ -102,7 +107,8 @@ def encode_row(row,              # `dict(messages, answer)`, `dict(messages)` en
 
 # %% ../nbs/43_encode.ipynb #d57b57b6
 def max_length(model): # A transformers model, perhaps with an adapter
-    "The longest sequence the model's positions allow, less a learned prompt; None when there is no such limit"
+    "The longest sequence the model's positions allow, less a learned prompt; None when there " \
+    "is no such limit"
     cfg, peft = getattr(model, 'config', None), getattr(model, 'peft_config', None) or {}
     n = getattr(cfg, 'max_position_embeddings', None) or getattr(cfg, 'n_positions', None)
     return n and n - sum(getattr(c, 'num_virtual_tokens', None) or 0 for c in peft.values())
@@ -112,7 +118,8 @@ def check_lengths(long,        # [(row number, tokens)] of the rows left out
                   kept,        # Number of samples that stay
                   seq_len,     # Longest sample in tokens
                   limit=None): # The model's own longest sequence
-    "Warn of rows that are left out; `UserError` if one exceeds the model's limit or they are more than one in ten"
+    "Warn of rows that are left out; `UserError` if one exceeds the model's limit or they are " \
+    "more than one in ten"
     if not long: return
     i, n = max(long, key=lambda o: o[1])
     if limit and n>limit:
@@ -137,12 +144,13 @@ class Samples(list):
     dropped = 0
 
 # %% ../nbs/43_encode.ipynb #e8307ab2
-def encode(rows,             # Rows for `encode_row`, or samples `dict(input_ids, labels)` that are tokens already
+def encode(rows,             # For `encode_row`, or `dict(input_ids, labels)` that are tokens already
            tok,              # Tokenizer; None for samples
            seq_len=512,      # Longest sample in tokens
            loss_on='answer', # `answer`, or `all` to learn the prompt too
            limit=None):      # The model's own longest sequence in tokens
-    "`Samples` `dict(input_ids, labels)` of `rows`; `UserError` names a row without a label or too long for the model"
+    "`Samples` `dict(input_ids, labels)` of `rows`; `UserError` names a row without a label or " \
+    "too long for the model"
     out, long, seq_len = Samples(), [], min(seq_len, limit or seq_len)
     for i,row in enumerate(rows, 1):
         if 'input_ids' in row: ids, labels = row['input_ids'], row.get('labels', row['input_ids'])
@@ -159,10 +167,12 @@ def encode(rows,             # Rows for `encode_row`, or samples `dict(input_ids
 
 # %% ../nbs/43_encode.ipynb #081a1537
 class Spooled:
-    "Encoded samples in a folder: `rows[i]` is `dict(input_ids, labels)`, `sizes` their tokens, `counts` their labels"
+    "Encoded samples in a folder: `rows[i]` is `dict(input_ids, labels)`, `sizes` their tokens, " \
+    "`counts` their labels"
     def __init__(self, folder): # That `spool` wrote
         folder = Path(folder)
-        self.ids, self.labels = (np.memmap(folder/f'{n}.bin', np.int32, 'r') for n in ('ids', 'labels'))
+        self.ids = np.memmap(folder/'ids.bin', np.int32, 'r')
+        self.labels = np.memmap(folder/'labels.bin', np.int32, 'r')
         self.starts, self.counts = np.load(folder/'starts.npy'), np.load(folder/'counts.npy')
         self.dropped, self.sizes = int(np.load(folder/'dropped.npy')), np.diff(self.starts)
     def __len__(self): return len(self.sizes)
@@ -177,9 +187,11 @@ def spool(rows,             # Any iterable of rows for `encode_row`
           seq_len=512,      # Longest sample in tokens; longer rows are left out and counted
           loss_on='answer', # `answer`, or `all` to learn the prompt too
           limit=None):      # The model's own longest sequence in tokens
-    "Encode `rows` into `folder`; returns it as `Spooled`. `UserError` for a row without a label, or for no rows"
+    "Encode `rows` into `folder`; returns it as `Spooled`. `UserError` for a row without a " \
+    "label, or for no rows"
     starts, counts, dropped, longest = [0], [], 0, min(seq_len, limit or seq_len)
-    with writing(folder), atomic_dir(folder) as d, open(d/'ids.bin', 'wb') as f, open(d/'labels.bin', 'wb') as g:
+    with (writing(folder), atomic_dir(folder) as d,
+          open(d/'ids.bin', 'wb') as f, open(d/'labels.bin', 'wb') as g):
         for i,row in enumerate(rows, 1):
             ids, labels = encode_row(row, tok, loss_on)
             if len(ids)>longest:
@@ -194,5 +206,6 @@ def spool(rows,             # Any iterable of rows for `encode_row`
         if not counts:
             raise UserError('no rows to train on: there are none, '
                             f'or all {dropped} are longer than seq_len {seq_len}.')
-        for n,x in dict(starts=starts, counts=counts, dropped=dropped).items(): np.save(d/f'{n}.npy', np.asarray(x))
+        for n,x in dict(starts=starts, counts=counts, dropped=dropped).items():
+            np.save(d/f'{n}.npy', np.asarray(x))
     return Spooled(folder)

@@ -18,7 +18,8 @@ from .blocks import fast_scan
 
 # %% ../nbs/37_fast.ipynb #c098d299
 class _CrossEntropy(torch.autograd.Function):
-    "Sum of cross-entropies over rows of logits (n, v) times `scale`; the logits' memory becomes the gradient"
+    "Sum of cross-entropies over rows of logits (n, v) times `scale`; the logits' memory " \
+    "becomes the gradient"
     @staticmethod
     def forward(ctx, logits, targets, scale):
         ctx.grad, total = logits.detach(), logits.new_zeros((), dtype=torch.float32)
@@ -30,14 +31,17 @@ class _CrossEntropy(torch.autograd.Function):
             x.copy_(p.exp_().scatter_add_(1, t, p.new_full(t.shape, -1)).mul_(scale))
         return total*scale
     @staticmethod
-    def backward(ctx, g): return (ctx.grad if g.device.type=='cpu' and g==1 else ctx.grad.mul_(g)), None, None
+    def backward(ctx, g):
+        in_place = g.device.type=='cpu' and g==1           # the usual case costs nothing
+        return ctx.grad if in_place else ctx.grad.mul_(g), None, None
 
 # %% ../nbs/37_fast.ipynb #b884e4a6
 def label_loss(model,        # A transformers model, perhaps wrapped by PEFT, DDP or FSDP
                mb,           # A micro-batch of `pack` or `pad_batch`
                n,            # Labels in the whole step
                slices=True): # Does the model compute only the outputs asked for (`logits_to_keep`)?
-    "Sum of the cross-entropies at the labels of `mb`, divided by `n`; in training with the experts' balancing loss"
+    "Sum of the cross-entropies at the labels of `mb`, divided by `n`; in training with the " \
+    "experts' balancing loss"
     kw = {k: mb[k] for k in ('input_ids', 'position_ids', 'attention_mask', 'segments') if k in mb}
     targets, keep = mb['targets'], mb.get('last', mb.get('keep', 0))
     if slices: kw['logits_to_keep'] = keep
@@ -56,7 +60,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, eps):
         f = x.float()
-        r = torch.linalg.vector_norm(f, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
+        r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         n = (f*r).to(x.dtype)
         ctx.save_for_backward(n, w, r)
         return n*w
@@ -75,17 +80,20 @@ class _RMSNorm(torch.autograd.Function):
 # %% ../nbs/37_fast.ipynb #b3e1ae41
 def _fast_norm(m): # A module of a model
     "What `m` computes if that is an RMSNorm, of x or of x·silu(gate) as in Mamba-2, else None"
-    w, eps, name = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None), type(m).__name__
+    w, eps = getattr(m, 'weight', None), getattr(m, 'variance_epsilon', None)
     if eps is None or w is None or w.dim()!=1 or w.is_meta or not w.any(): return None
     def norm(x, m=m): return _RMSNorm.apply(x, m.weight, m.variance_epsilon)
-    def gated(x, gate=None): return norm(x) if gate is None else gated_norm(x, gate, m.weight, eps, norm)
+    def gated(x, gate=None):
+        return norm(x) if gate is None else gated_norm(x, gate, m.weight, eps, norm)
+    name = type(m).__name__
     if name.endswith('RMSNorm'): f, inputs = norm, 1
     elif name.endswith('RMSNormGated'): f, inputs = gated, 2
     else: return None
     xs = torch.randn(inputs, 2, len(w), device=w.device, dtype=w.dtype)
     with torch.no_grad(), contextlib.suppress(TypeError, RuntimeError):
         a, b = m(*xs), f(*xs)
-        if a.dtype==b.dtype and bool((a-b).abs().max() <= 4*torch.finfo(a.dtype).eps*a.abs().max()): return f
+        noise = 4*torch.finfo(a.dtype).eps*a.abs().max()
+        if a.dtype==b.dtype and bool((a-b).abs().max() <= noise): return f
 
 # %% ../nbs/37_fast.ipynb #10cababd
 @contextlib.contextmanager
@@ -107,18 +115,21 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b):
         need_x, need_w, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_w else None, w if need_x else None)       # no more than PyTorch keeps
+        # no more than PyTorch keeps
+        ctx.save_for_backward(x if need_w else None, w if need_x else None)
         return _onednn(x, w, b)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (x, w), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad
-        g = g.contiguous()                     # oneDNN has no fast way for a part of something wider
+        # oneDNN has no fast way for a part of something wider
+        g = g.contiguous()
         rows, dw = g.flatten(0, -2), None
         if need_w:
             x = x.flatten(0, -2)
             n, k = g.shape[-1], x.shape[-1]
-            # it copies what is transposed, so not all at once, and is at its best with the smaller side for rows
+            # it copies what is transposed, so not all at once,
+            # and is at its best with the smaller side for rows
             for r,s in zip(rows.split(4096), x.split(4096)):
                 part = _onednn(r.t(), s.t()) if n<=k else _onednn(s.t(), r.t()).t().contiguous()
                 dw = part if dw is None else dw.add_(part)
@@ -128,15 +139,16 @@ class _Linear(torch.autograd.Function):
 def _fits_onednn(x, w, b): # Arguments of F.linear
     "Whether this product is one that oneDNN computes faster"
     plain = type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
-    return (plain and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1] and w.dim()==2 and w.numel()
-            and w.is_contiguous() and (b is None or b.is_contiguous() and b.shape==w.shape[:1])
+    return (plain and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1]
+            and w.dim()==2 and w.numel() and w.is_contiguous() and (b is None or b.is_contiguous() and b.shape==w.shape[:1])
             and x.is_cpu and not torch.is_autocast_enabled('cpu'))
 
 # %% ../nbs/37_fast.ipynb #8eb4eba1
 @functools.lru_cache
 def _mkl_is_slow():
     "Whether this is an AMD processor and PyTorch has both libraries"
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()): return False
+    both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if not both: return False
     with contextlib.suppress(OSError): return 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
     return 'AMD' in platform.processor()
 

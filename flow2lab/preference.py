@@ -6,7 +6,7 @@ Docs: https://flow2lab.github.io/flow2lab/preference.html.md"""
 
 # %% auto #0
 __all__ = ['KL_NUMBERS', 'LOSSES', 'answer_ids', 'encode_pairs', 'PairData', 'PairLoop', 'trainer_class', 'check_loss',
-           'preference', 'dpo_args']
+           'dpo_args', 'preference']
 
 # %% ../nbs/49_preference.ipynb #74b52d92
 import contextlib, functools
@@ -18,7 +18,8 @@ from .axes import objective
 from .layers import eval_mode, unwrap
 from .load import quiet
 from .methods import schedule_of
-from .encode import check_lengths, encode_turn, max_length, one_bos, prompt_text, Samples, token_ids
+from .encode import (
+    check_lengths, encode_turn, max_length, one_bos, prompt_text, Samples, token_ids)
 from .packing import StepData, to_device
 from .train import labels, Trainer, training_args
 
@@ -28,7 +29,8 @@ def answer_ids(tok,      # Tokenizer
                answer,   # Text
                row=0):   # Number of the row, for the message
     "Token ids of `answer` up to the end of its turn; `UserError` for an empty one"
-    if not answer.strip(): raise UserError(f'row {row}: an answer is empty. Give it one, or take the row out.')
+    if not answer.strip():
+        raise UserError(f'row {row}: an answer is empty. Give it one, or take the row out.')
     ids, learned = encode_turn(tok, messages, answer)
     return [t for t,l in zip(ids, learned) if l!=-100]
 
@@ -37,7 +39,8 @@ def encode_pairs(rows,        # `dict(messages, chosen, rejected)` each
                  tok,         # Tokenizer
                  seq_len=512, # Longest prompt with an answer, in tokens
                  limit=None): # The model's own longest sequence
-    "Samples `dict(prompt_ids, chosen_ids, rejected_ids)`; `UserError` names a row that cannot be learned from"
+    "Samples `dict(prompt_ids, chosen_ids, rejected_ids)`; `UserError` names a row that cannot " \
+    "be learned from"
     out, long, seq_len = Samples(), [], min(seq_len, limit or seq_len)
     for i,row in enumerate(rows, 1):
         if row['chosen'].strip()==row['rejected'].strip():
@@ -47,7 +50,9 @@ def encode_pairs(rows,        # `dict(messages, chosen, rejected)` each
         c, r = (answer_ids(tok, row['messages'], row[k], i) for k in ('chosen', 'rejected'))
         n = len(p)+max(len(c), len(r))
         # input_ids: what a pair costs, by which it is planned
-        if n<=seq_len: out.append(dict(prompt_ids=p, chosen_ids=c, rejected_ids=r, input_ids=p+c+p+r, labels=[]))
+        if n<=seq_len:
+            out.append(dict(prompt_ids=p, chosen_ids=c, rejected_ids=r, input_ids=p+c+p+r,
+                            labels=[]))
         else: long.append((i, n))
     check_lengths(long, len(out), seq_len, limit)
     out.dropped = len(long)
@@ -63,12 +68,13 @@ class PairData(StepData):
                  rank=0, world=1): # This process, and how many share a step
         from trl.trainer.dpo_trainer import DataCollatorForPreference
         super().__init__(steps, samples, batching, pad, rank, world)
-        self.labels, self.pad_and_stack = np.ones(len(samples), int), DataCollatorForPreference(pad_token_id=pad)
+        self.labels = np.ones(len(samples), int)
+        self.pad_and_stack = DataCollatorForPreference(pad_token_id=pad)
     def collate(self, micro): return self.pad_and_stack([self.samples[i] for i in micro])
     def collate_new(self, micro):
         "A batch of samples of which some have no reference yet"
-        plain = [{k: v for k,v in self.samples[i].items() if not k.startswith('ref_')} for i in micro]
-        return self.pad_and_stack(plain)
+        plain = lambda s: {k: v for k,v in s.items() if not k.startswith('ref_')}
+        return self.pad_and_stack([plain(self.samples[i]) for i in micro])
 
 # %% ../nbs/49_preference.ipynb #34941711
 class PairLoop:
@@ -76,8 +82,9 @@ class PairLoop:
     def __init__(self, model, args, plan, t, curve, tok):
         from datasets import Dataset
         from trl import DPOTrainer
-        first = {k: v for k,v in plan.data.samples[0].items() if k.endswith('_ids') and k!='input_ids'}
-        DPOTrainer.__init__(self, model, args=args, train_dataset=Dataset.from_list([first]), processing_class=tok)
+        parts = 'prompt_ids', 'chosen_ids', 'rejected_ids'
+        first = Dataset.from_list([{k: plan.data.samples[0][k] for k in parts}])
+        DPOTrainer.__init__(self, model, args=args, train_dataset=first, processing_class=tok)
         # TRL's copy of the adapter: not needed here
         if 'ref' in getattr(model, 'peft_config', {}): model.delete_adapter('ref')
         self.set_up(model, args, plan, t, curve)
@@ -92,6 +99,7 @@ class PairLoop:
     def _precompute_ref_logps(self, dataset, *a): return dataset      # `refer` does
     def create_model_card(self, *a, **kw): pass                       # `save_weights` writes one
 
+# %% ../nbs/49_preference.ipynb #3e3376ee
 @functools.cache
 def trainer_class():
     "The class, made at first use: importing TRL takes seconds"
@@ -108,13 +116,16 @@ def reference_logps(self:PairLoop,
     try: return self.compute_ref_log_probs(self.model, batch)
     finally: self.ref_model = None
 
+# %% ../nbs/49_preference.ipynb #837465f5
 @patch
 @torch.no_grad()
 def refer(self:PairLoop,
           data): # `PairData`
-    "Write to each sample what the model says of its answers now, in the first batch that it occurs in"
+    "Write to each sample what the model says of its answers now, in the first batch that it " \
+    "occurs in"
     for s in data.samples:
-        for k in ('ref_chosen_logps', 'ref_rejected_logps'): s.pop(k, None)      # of an earlier training
+        # of an earlier training
+        for k in ('ref_chosen_logps', 'ref_rejected_logps'): s.pop(k, None)
     with self.compute_loss_context_manager():
         for m in (m for s in data.steps for m in s[data.rank::data.world]):
             if all('ref_chosen_logps' in data.samples[i] for i in m): continue
@@ -138,7 +149,8 @@ def _mean(values, sizes): return float(np.average(values, weights=sizes)) if val
 def extra_logs(self:PairLoop):
     "Accuracy and margin of the step's pairs"
     m, sizes = self._metrics['train'], self.micro
-    out = dict(accuracy=_mean(m['rewards/accuracies'], sizes), margin=_mean(m['rewards/margins'], sizes))
+    out = dict(accuracy=_mean(m['rewards/accuracies'], sizes),
+               margin=_mean(m['rewards/margins'], sizes))
     m.clear()
     self.micro = []
     return out
@@ -149,13 +161,17 @@ KL_NUMBERS = 20_000_000          # Log-probabilities of the reference that are s
 @patch
 @torch.no_grad()
 def answer_logprobs(self:PairLoop):
-    "Log-probabilities (tokens, vocabulary) at the chosen answers of validation pairs, as many as KL_NUMBERS allows"
+    "Log-probabilities (tokens, vocabulary) at the chosen answers of validation pairs, as many " \
+    "as KL_NUMBERS allows"
     out, left = [], KL_NUMBERS
-    first = not hasattr(self, 'before')                # those of the reference are stored in half precision
+    # those of the reference are stored in half precision
+    first = not hasattr(self, 'before')
     with eval_mode(self.model), self.compute_loss_context_manager():
         for s in self.eval_dataset.samples:
-            ids, n = torch.tensor([s['prompt_ids']+s['chosen_ids']], device=self.args.device), len(s['chosen_ids'])
-            l = self.model(input_ids=ids, use_cache=False).logits[0, -n-1:-1].float().log_softmax(-1)
+            ids, n = s['prompt_ids']+s['chosen_ids'], len(s['chosen_ids'])
+            ids = torch.tensor([ids], device=self.args.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, -n-1:-1]
+            l = logits.float().log_softmax(-1)
             left -= l.numel()
             out.append(l.half().cpu() if first else l.cpu())
             if left<=0: break
@@ -196,37 +212,43 @@ def check_loss(beta,  # How strongly the model is held to its reference
     check_names('loss', [loss], LOSSES)
     if not beta>0: raise UserError(f'beta={beta}: give a number above 0, e.g. 0.1.')
 
+# %% ../nbs/49_preference.ipynb #5a5eb70c
+def dpo_args(o,        # A `preference`
+             spec, steps, device, out=None): # As for `training_args`
+    "TRL's arguments"
+    from trl import DPOConfig
+    more = dict(beta=o.beta, loss_type=[o.loss_type], max_length=None,
+                precompute_ref_log_probs=True, bf16=False)
+    if o.loss_type=='exo_pair': more['label_smoothing'] = 1e-3
+    if not spec.train.checkpointing: more['gradient_checkpointing'] = False
+    return training_args(spec, steps, device, out, kind=DPOConfig, **more)
+
 # %% ../nbs/49_preference.ipynb #d95ed00a
 @objective
 class preference(labels):
     "Which of two answers is better: DPO and its relatives"
     unit = 'pair'
-    log_fields = dict(val_accuracy=('fraction', 'max'), val_margin=('nats', 'max'), val_kl=('nats/token', 'min'))
+    log_fields = dict(val_accuracy=('fraction', 'max'), val_margin=('nats', 'max'),
+                      val_kl=('nats/token', 'min'))
     def __init__(self, beta=.1,        # How strongly the model is held to its reference
                  loss='sigmoid'):      # TRL's name
         self.beta, self.loss_type = beta, loss
-    def batching(self, model): return f'pairs, {self.loss_type}, beta {self.beta:g}'     # a part of the run's key
+    # a part of the run's key
+    def batching(self, model): return f'pairs, {self.loss_type}, beta {self.beta:g}'
     @contextlib.contextmanager
     def around(self, model, batching):
         try: yield
-        finally: unwrap(model).__dict__.pop('forward', None)      # TRL's fused output layer is not for evaluation
-    def encode(self, rows, tok, model, t): return encode_pairs(rows, tok, t.seq_len, max_length(model))
+        # TRL's fused output layer is not for evaluation
+        finally: unwrap(model).__dict__.pop('forward', None)
+    def encode(self, rows, tok, model, t):
+        return encode_pairs(rows, tok, t.seq_len, max_length(model))
     def data(self, steps, samples, batching, tok, rank=0, world=1):
         return PairData(steps, samples, batching, tok.pad_token_id or 0, rank, world)
     def trainer(self, model, tok, plan, spec, out, curve):
         check_loss(self.beta, self.loss_type)
         if schedule_of(model):
-            raise UserError(f'method {spec.method}: TRL wants a second adapter beside it, which its schedule refuses. '
-                            'Take lora or another method.')
+            raise UserError(f'method {spec.method}: TRL wants a second adapter beside it, which its '
+                            'schedule refuses. Take lora or another method.')
         with quiet():
             args = dpo_args(self, spec, len(plan), model.device, out)
             return trainer_class()(model, args, plan, spec.train, curve, tok)
-
-def dpo_args(o,        # A `preference`
-             spec, steps, device, out=None): # As for `training_args`
-    "TRL's arguments"
-    from trl import DPOConfig
-    more = dict(beta=o.beta, loss_type=[o.loss_type], max_length=None, precompute_ref_log_probs=True, bf16=False)
-    if o.loss_type=='exo_pair': more['label_smoothing'] = 1e-3
-    if not spec.train.checkpointing: more['gradient_checkpointing'] = False
-    return training_args(spec, steps, device, out, kind=DPOConfig, **more)

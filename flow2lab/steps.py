@@ -14,10 +14,13 @@ from .values import UserError
 # %% ../nbs/27_steps.ipynb #baa890f7
 def blocks(ids,      # Token ids, 1-d
            seq_len): # Tokens that each row predicts
-    "A view of `ids` as rows of `seq_len+1` tokens that overlap by one; `UserError` if they do not fill one row"
+    "A view of `ids` as rows of `seq_len+1` tokens that overlap by one; `UserError` if they do " \
+    "not fill one row"
     ids = np.asarray(ids) if not isinstance(ids, np.ndarray) else ids
     n = (len(ids)-1)//seq_len
-    if n<1: raise UserError(f'{len(ids)} tokens do not fill one block of seq_len {seq_len}. Set a shorter seq_len.')
+    if n<1:
+        raise UserError(f'{len(ids)} tokens do not fill one block of seq_len {seq_len}. '
+                        'Set a shorter seq_len.')
     strides = ids.strides[0]*seq_len, ids.strides[0]
     return np.lib.stride_tricks.as_strided(ids, (n, seq_len+1), strides, writeable=False)
 
@@ -30,7 +33,8 @@ def row_sizes(rows): # An array of `blocks`, or rows with their `sizes`
 def sample_order(lengths, # Tokens of each sample
                  budget,  # Tokens to train on
                  seed=0): # Of the order
-    "Indices of the samples in the order of training: whole epochs, and of the last as many as the budget needs"
+    "Indices of the samples in the order of training: whole epochs, and of the last as many as " \
+    "the budget needs"
     total, order, epoch = int(lengths.sum()), [np.zeros(0, int)], 0
     while budget>0:
         o = np.random.default_rng([seed, epoch]).permutation(len(lengths))
@@ -58,7 +62,8 @@ def micro_batches(step,     # Indices of a step's samples
                   lengths,  # Tokens of each sample of the whole data
                   size,     # Most tokens in a micro-batch
                   world=1): # Processes that share the step
-    "The step sorted by length, longest first, and cut into micro-batches; their number is a multiple of `world`"
+    "The step sorted by length, longest first, and cut into micro-batches; their number is a " \
+    "multiple of `world`"
     step = step[np.argsort(-lengths[step], kind='stable')]
     parts = fill(step, lengths[step], size)
     n = -(-len(parts)//world)*world

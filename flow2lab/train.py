@@ -8,7 +8,7 @@ Docs: https://flow2lab.github.io/flow2lab/train.html.md"""
 __all__ = ['COST_FIELDS', 'SCHEDULES', 'PLANNED', 'labels', 'check_fits', 'objective_of', 'cost_logs', 'check_budget',
            'plan_data', 'TrainingPlan', 'as_spec', 'make_plan', 'plan_training', 'schedule_args', 'training_args',
            'Trainer', 'NonFinite', 'TrainResult', 'is_oom', 'oom_advice', 'training_mode', 'check_plan',
-           'train_in_fp32', 'make_trainer', 'run_facts', 'fit', 'free_memory']
+           'train_in_fp32', 'run_facts', 'make_trainer', 'fit', 'free_memory']
 
 # %% ../nbs/48_train.ipynb #db6d708b
 import contextlib, gc, inspect, json, os, tempfile, warnings
@@ -29,8 +29,7 @@ from .steps import plan_steps, row_sizes
 from .layers import eval_mode, unwrap
 from .load import precision_of
 from .costs import training_flops
-from .measure import matmul_peak
-from .measure import PeakMemory
+from .measure import matmul_peak, PeakMemory
 from .fast import fast_parts, label_loss
 from .methods import schedule_of
 from .encode import encode, max_length
@@ -42,7 +41,8 @@ from .checkpoint import Checkpoints, clear_checkpoints, newest, run_key, trained
 class labels:
     "Cross-entropy at the labels: of answers, conversations or whole texts"
     unit = 'row'                 # What it learns from, for messages
-    log_fields = {}              # {field it adds to the curve: (unit, direction)} that becomes a metric of the record
+    # {field it adds to the curve: (unit, direction)} that becomes a metric of the record
+    log_fields = {}
     def batching(self, model):
         "How samples share a batch: `segments`, `mask` or `padded`"
         return pick_batching(model)
@@ -55,13 +55,15 @@ class labels:
         return encode(rows, tok, t.seq_len, t.loss_on, max_length(model))
     def data(self, steps, samples, batching, tok, rank=0, world=1):
         "The steps as micro-batches"
-        return StepData(steps, samples, batching, (tok.pad_token_id or 0) if tok else 0, rank, world)
+        pad = (tok.pad_token_id or 0) if tok else 0
+        return StepData(steps, samples, batching, pad, rank, world)
     def loss(self, model, mb, n, slices=True):
         "Of a micro-batch, as its share of a step with `n` labels"
         return label_loss(model, mb, n, slices)
     def trainer(self, model, tok, plan, spec, out, curve):
         "The Trainer that runs the plan"
-        return Trainer(model, training_args(spec, len(plan), model.device, out), plan, spec.train, curve)
+        args = training_args(spec, len(plan), model.device, out)
+        return Trainer(model, args, plan, spec.train, curve)
 
 # %% ../nbs/48_train.ipynb #2cd7a6e2
 def check_fits(rows,   # An array of `blocks`, or rows with their `sizes`
@@ -69,7 +71,8 @@ def check_fits(rows,   # An array of `blocks`, or rows with their `sizes`
     "`rows`; `UserError` when the longest is longer than the model allows"
     n, most = max_length(model), int(max(row_sizes(rows), default=0))
     if n and most>n:
-        raise UserError(f'blocks of {most} tokens, but the model allows {n}. Cut them with a shorter seq_len.')
+        raise UserError(f'blocks of {most} tokens, but the model allows {n}. '
+                        'Cut them with a shorter seq_len.')
     return rows
 
 # %% ../nbs/48_train.ipynb #9f13c57c
@@ -86,7 +89,8 @@ COST_FIELDS = dict(mfu=('fraction', 'max'), val_bits_per_byte=('bits/byte', 'min
 def cost_logs(model,               # As it will train
               spec,                # A Spec: precision and seq_len
               bytes_per_token=0.): # Of the validation text, 0 if not known
-    "A function for `fit`'s `extra_logs`: tokens_per_s, and mfu and val_bits_per_byte where they are known"
+    "A function for `fit`'s `extra_logs`: tokens_per_s, and mfu and val_bits_per_byte where " \
+    "they are known"
     flops = training_flops(model, spec.train.seq_len)
     peak = matmul_peak(spec.train.precision, model.device)*int(os.environ.get('WORLD_SIZE', 1))
     def logs(line, curve):
@@ -121,9 +125,11 @@ def plan_data(objective,    # An entry of the axis, with its arguments
         budget = dict(epochs=t.epochs, tokens=t.tokens, seed=seed)
     samples = objective.encode(rows, tok, model, t)
     if not len(samples):
-        raise UserError(f'no {objective.unit}s to train on: the data is empty, or every {objective.unit} is longer '
-                        'than seq_len. Check the task and its n.')
-    sizes = [len(s['input_ids']) for s in samples] if isinstance(samples, list) else row_sizes(samples)
+        unit = objective.unit
+        raise UserError(f'no {unit}s to train on: the data is empty, or every {unit} is longer than '
+                        'seq_len. Check the task and its n.')
+    if isinstance(samples, list): sizes = [len(s['input_ids']) for s in samples]
+    else: sizes = row_sizes(samples)
     steps = plan_steps(sizes, t.batch_tokens, t.micro_tokens, world=world[1], **budget)
     return objective.data(steps, samples, batching, tok, *world)
 
@@ -136,11 +142,13 @@ class TrainingPlan:
     data:object               # Planned training data: a step as an item
     valid:object              # Planned validation data, or None
     spec:Spec                 # What it was planned for
-    extra_logs:object=None    # Called with each line of the curve and the `Curve`; returns fields to add
+    # Called with each line of the curve and the `Curve`; returns fields to add
+    extra_logs:object=None
     def __len__(self): return len(self.data)
     def __repr__(self):
         n, d = len(self), self.data
-        out = [f'{type(self.objective).__name__}: {n:,} steps of {sum(map(d.tokens, range(n)))/n:,.0f} tokens, '
+        tokens = sum(map(d.tokens, range(n)))/n
+        out = [f'{type(self.objective).__name__}: {n:,} steps of {tokens:,.0f} tokens, '
                f'{len(d.samples):,} {self.objective.unit}s in {self.batching}']
         if getattr(d.samples, 'dropped', 0): out.append(f'{d.samples.dropped:,} left out')
         if self.valid is not None: out.append(f'{len(self.valid.samples):,} for validation')
@@ -163,12 +171,14 @@ def make_plan(rows,            # Rows, encoded samples, `blocks`, or rows with t
     from accelerate import PartialState
     spec, objective = as_spec(spec), objective or labels()
     processes = PartialState(cpu=model.device.type=='cpu')
+    world = processes.process_index, processes.num_processes
     mode = model.training
-    model.train()              # in evaluation mode the trial would repack 4-bit layers (see "A 4-bit base")
+    # in evaluation mode the trial would repack 4-bit layers (see "A 4-bit base")
+    model.train()
     with fast_parts(model): batching = objective.batching(model)
     model.train(mode)
     of = tok, model, spec.train, batching
-    data = plan_data(objective, rows, *of, spec.seed, (processes.process_index, processes.num_processes))
+    data = plan_data(objective, rows, *of, spec.seed, world)
     valid = None if valid is None else plan_data(objective, valid, *of)
     return TrainingPlan(objective, batching, data, valid, spec, extra_logs)
 
@@ -188,12 +198,16 @@ SCHEDULES = dict(wsd='warmup_stable_decay')      # Short names; transformers' ow
 
 def schedule_args(t,      # `spec.train`
                   steps): # Optimizer steps to come
-    "Trainer's arguments for the schedule; `wsd` after Hu et al. 2024, arXiv:2404.06395. `UserError` for an unknown name"
-    check_names('schedule', [t.schedule], [*SCHEDULES, *(s.value for s in transformers.SchedulerType)])
+    "Trainer's arguments for the schedule; `wsd` after Hu et al. 2024, arXiv:2404.06395. " \
+    "`UserError` for an unknown name"
+    check_names('schedule', [t.schedule],
+                [*SCHEDULES, *(s.value for s in transformers.SchedulerType)])
     name = SCHEDULES.get(t.schedule, t.schedule)
     decay = None
-    if name=='warmup_stable_decay': decay = dict(num_decay_steps=max(1, round(.2*steps)), decay_type='linear')
-    return dict(lr_scheduler_type=name, warmup_steps=round(t.warmup*steps), lr_scheduler_kwargs=decay)
+    if name=='warmup_stable_decay':
+        decay = dict(num_decay_steps=max(1, round(.2*steps)), decay_type='linear')
+    return dict(lr_scheduler_type=name, warmup_steps=round(t.warmup*steps),
+                lr_scheduler_kwargs=decay)
 
 # %% ../nbs/48_train.ipynb #0b2dba8d
 def training_args(spec,     # Says train and seed
@@ -202,19 +216,21 @@ def training_args(spec,     # Says train and seed
                   out=None, # Folder of the run; None keeps nothing
                   kind=TrainingArguments, **more): # Another class of arguments, and more of them
     "Trainer's arguments for our settings"
-    t = spec.train
-    args = dict(output_dir=str(out/'checkpoints' if out else tempfile.gettempdir()), max_steps=steps, seed=spec.seed,
-                learning_rate=t.lr, weight_decay=t.weight_decay, max_grad_norm=t.grad_clip, optim='adamw_torch_fused',
-                save_strategy='steps' if t.save_every and out else 'no', save_steps=t.save_every or steps+1,
-                logging_steps=1, logging_nan_inf_filter=False, per_device_train_batch_size=1,
-                remove_unused_columns=False, dataloader_pin_memory=False, report_to='none', disable_tqdm=True,
-                use_cpu=device.type=='cpu', **schedule_args(t, steps))
+    t, folder = spec.train, out/'checkpoints' if out else tempfile.gettempdir()
+    args = dict(output_dir=str(folder), max_steps=steps, seed=spec.seed, use_cpu=device.type=='cpu',
+                learning_rate=t.lr, weight_decay=t.weight_decay, max_grad_norm=t.grad_clip,
+                optim='adamw_torch_fused', per_device_train_batch_size=1,
+                save_strategy='steps' if t.save_every and out else 'no',
+                save_steps=t.save_every or steps+1, logging_steps=1, logging_nan_inf_filter=False,
+                remove_unused_columns=False, dataloader_pin_memory=False, report_to='none',
+                disable_tqdm=True, **schedule_args(t, steps))
     if t.checkpointing:
         new = 'activation_checkpointing' in TrainingArguments.__dataclass_fields__
         name = 'activation_checkpointing' if new else 'gradient_checkpointing'
         args.update({name: True, name+'_kwargs': dict(use_reentrant=False)})
     args = kind(**{**args, **more})
-    args._n_gpu = min(args.n_gpu, 1)       # several GPUs: one process each (torchrun), never DataParallel
+    # several GPUs: one process each (torchrun), never DataParallel
+    args._n_gpu = min(args.n_gpu, 1)
     return args
 
 # %% ../nbs/48_train.ipynb #7b02984d
@@ -226,15 +242,18 @@ class Trainer(Checkpoints, transformers.Trainer):
     def set_up(self, model, args, plan, t, curve):
         self.remove_callback(transformers.PrinterCallback)
         self.data, self.objective, self.t, self.curve = plan.data, plan.objective, t, curve
-        self.folder = self.more_logs = None        # where `best` is written; what else logs, see `TrainingPlan`
+        # where `best` is written; what else logs, see `TrainingPlan`
+        self.folder = self.more_logs = None
         self.bf16 = precision_of(t.precision, args.device)=='bf16'
         self.slices = 'logits_to_keep' in inspect.signature(unwrap(model).forward).parameters
         self.schedule = schedule_of(model)
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(self.data, batch_size=1, collate_fn=lambda x: x[0])
-    def floating_point_ops(self, inputs): return 0      # Trainer's count walks all parameters at every micro-batch
+    # Trainer's count walks all parameters at every micro-batch
+    def floating_point_ops(self, inputs): return 0
     def autocast_smart_context_manager(self, cache_enabled=True):
-        return torch.autocast(self.args.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        if not self.bf16: return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, torch.bfloat16)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.objective.loss(model, inputs, num_items_in_batch, self.slices)
 
@@ -248,7 +267,8 @@ def training_step(self:Trainer, model, inputs, num_items_in_batch=None):
         with contextlib.nullcontext() if i==last else self.accelerator.no_sync(model):
             with self.compute_loss_context_manager():
                 mb = to_device(mb, self.args.device)
-                loss = self.compute_loss(model, mb, num_items_in_batch=inputs['labels'])*self.args.world_size
+                loss = self.compute_loss(model, mb, num_items_in_batch=inputs['labels'])
+                loss = loss*self.args.world_size
             total += loss.detach()
             if i==last and self.schedule: loss = loss + self.schedule.penalty()
             # DDP and FSDP average over processes, hence the factor above
@@ -263,22 +283,26 @@ class NonFinite(Exception): "The loss or the gradient norm stopped being a numbe
 @patch
 def _get_grad_norm(self:Trainer, model, grad_norm=None):
     "The gradient norm of the step; `NonFinite` if that or the loss is no number"
-    norm, loss = float(super(Trainer, self)._get_grad_norm(model, grad_norm)), float(self.step_loss)
+    norm = float(super(Trainer, self)._get_grad_norm(model, grad_norm))
+    loss = float(self.step_loss)
     if not np.isfinite([loss, norm]).all():
-        raise NonFinite(f'step {self.state.global_step+1}: loss {loss:.4g}, gradient norm {norm:.4g}')
+        step = self.state.global_step+1
+        raise NonFinite(f'step {step}: loss {loss:.4g}, gradient norm {norm:.4g}')
     return norm
 
 # %% ../nbs/48_train.ipynb #a323c49b
 @patch
 def validate(self:Trainer):
-    "{'val_loss': mean cross-entropy of a validation label}, perhaps with more of another objective"
+    "{'val_loss': mean cross-entropy of a validation label}, perhaps with more of another " \
+    "objective"
     total = n = 0
     with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
         for i in range(len(self.eval_dataset)):
             step = self.eval_dataset[i]
             n += step['labels']
-            total += sum(float(self.compute_loss(self.model, to_device(mb, self.args.device), num_items_in_batch=1))
-                         for mb in step['micro'])
+            for mb in step['micro']:
+                mb = to_device(mb, self.args.device)
+                total += float(self.compute_loss(self.model, mb, num_items_in_batch=1))
     return dict(val_loss=total/n)
 
 # %% ../nbs/48_train.ipynb #faf3302d
@@ -286,7 +310,8 @@ def validate(self:Trainer):
 def _validate_if_due(self:Trainer, line):
     "Add what `validate` finds to `line`, with the training's clock paused"
     step, every = self.state.global_step, self.t.eval_every
-    if self.eval_dataset is None or not (step==self.state.max_steps or every and step%every==0): return
+    due = step==self.state.max_steps or every and step%every==0
+    if self.eval_dataset is None or not due: return
     with self.curve.paused():
         line.update(self.validate())
         best = self.state.best_metric
@@ -294,6 +319,7 @@ def _validate_if_due(self:Trainer, line):
             self.state.best_metric = line['val_loss']
             if self.folder: self.save_weights(self.folder/'best')
 
+# %% ../nbs/48_train.ipynb #c61f3ad1
 @patch
 def extra_logs(self:Trainer):
     "Fields that another objective adds to the line of a step"
@@ -305,8 +331,8 @@ def log(self:Trainer, logs, start_time=None):
     "The line of the curve for the step that is done"
     if 'grad_norm' not in logs: return
     step = self.state.global_step
-    line = self.curve.add(self.data.tokens(step-1), step=step, loss=logs['loss'], lr=logs['learning_rate'],
-                          grad_norm=logs['grad_norm'])
+    line = self.curve.add(self.data.tokens(step-1), step=step, loss=logs['loss'],
+                          lr=logs['learning_rate'], grad_norm=logs['grad_norm'])
     line.update(self.extra_logs())
     self._validate_if_due(line)
     if self.more_logs: line.update(self.more_logs(line, self.curve))
@@ -318,7 +344,8 @@ def log(self:Trainer, logs, start_time=None):
 class TrainResult:
     "What a training came to"
     status:str='ok'                            # ok, nan or oom
-    steps:list=field(default_factory=list)     # A dict per step: step, loss, lr, grad_norm, tokens, seconds, perhaps val_loss
+    # A dict per step: step, loss, lr, grad_norm, tokens, seconds, perhaps val_loss
+    steps:list=field(default_factory=list)
     tokens:int=0                               # Useful tokens seen, padding not counted
     seconds:float=0.                           # Of training, without validation and saving
     tokens_per_s:float=0.                      # Of training
@@ -330,20 +357,25 @@ class TrainResult:
     last:object=None                           # Folder of the end of training
     resumed:int=0                              # Step that it was resumed from
     weights:int=0                              # Bytes of the model's parameters
-    flops:float=0.                             # Operations of the training by formula, 0 where we have none
+    # Operations of the training by formula, 0 where we have none
+    flops:float=0.
     batching:str=''                            # segments, mask or padded
     precision:str=''                           # fp32 or bf16
-    log_fields:dict=field(default_factory=dict)    # {field of the last step: (unit, direction)} for the record
+    # {field of the last step: (unit, direction)} for the record
+    log_fields:dict=field(default_factory=dict)
     def __repr__(self):
-        end = f', loss {self.steps[0]["loss"]:.3f} → {self.steps[-1]["loss"]:.3f}' if self.steps else ''
-        return (f'{self.status}: {len(self.steps)} steps, {self.tokens:,} tokens{end}' +
-                (f'. {self.message}' if self.message else ''))
+        out = f'{self.status}: {len(self.steps)} steps, {self.tokens:,} tokens'
+        losses = [s['loss'] for s in self.steps]
+        if losses: out += f', loss {losses[0]:.3f} → {losses[-1]:.3f}'
+        if self.message: out += f'. {self.message}'
+        return out
 
 # %% ../nbs/48_train.ipynb #ef6674b5
 def is_oom(e): # An exception
     "Is this the memory running out, on a GPU or on the CPU?"
     if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
-    words = "can't allocate memory", 'not enough memory', 'out of memory', 'ALLOC_FAILED', 'bad_alloc'
+    words = ("can't allocate memory", 'not enough memory', 'out of memory', 'ALLOC_FAILED',
+             'bad_alloc')
     return isinstance(e, RuntimeError) and any(s in str(e) for s in words)
 
 # %% ../nbs/48_train.ipynb #7f4d6727
@@ -361,7 +393,8 @@ def oom_advice(t,      # `spec.train`
 @contextlib.contextmanager
 def training_mode(model,               # A transformers model, perhaps with an adapter
                   checkpointing=False):# Were activations to be computed twice?
-    "Inside the block `model` is in training mode; afterwards in evaluation mode, without gradients, its cache as before"
+    "Inside the block `model` is in training mode; afterwards in evaluation mode, without " \
+    "gradients, its cache as before"
     use_cache = getattr(model.config, 'use_cache', None)
     model.train()
     try: yield
@@ -382,7 +415,9 @@ def check_plan(plan,  # A `TrainingPlan`
     "`UserError` when the plan was made for another budget, length or seed"
     differ = [k for k in PLANNED if plan.spec.train[k]!=spec.train[k]]
     if plan.spec.seed!=spec.seed: differ.append('seed')
-    if differ: raise UserError(f'the plan was made for another {", ".join(differ)}. Plan again for this Spec.')
+    if differ:
+        raise UserError(f'the plan was made for another {", ".join(differ)}. '
+                        'Plan again for this Spec.')
 
 # %% ../nbs/48_train.ipynb #43eb6116
 def train_in_fp32(model): # Perhaps with an adapter
@@ -394,7 +429,18 @@ def train_in_fp32(model): # Perhaps with an adapter
 class _AfterStep(TrainerCallback):
     "Let a method's schedule act after each optimizer step"
     def __init__(self, schedule): self.schedule = schedule
-    def on_optimizer_step(self, args, state, control, **kw): self.schedule.after_step(state.global_step+1)
+    def on_optimizer_step(self, args, state, control, **kw):
+        self.schedule.after_step(state.global_step+1)
+
+# %% ../nbs/48_train.ipynb #06af572a
+def run_facts(spec,   # A Spec
+              model): # As it trains
+    "What the card of the weights says of the run"
+    facts = dict(train=dict(spec.train), seed=spec.seed, versions=versions(),
+                 trainable=sum(p.numel() for p in trained_params(model).values()))
+    if spec.task=='-': return facts
+    return dict(facts, base=str(getattr(spec.base, 'name', spec.base)), task=spec.task,
+                method=spec.method, method_args=spec.method_args)
 
 # %% ../nbs/48_train.ipynb #a54979bb
 def make_trainer(model, tok,     # As for `fit`
@@ -403,10 +449,11 @@ def make_trainer(model, tok,     # As for `fit`
                  out=None,       # Folder of the run
                  resume=True,    # Go on from the newest whole checkpoint in `out`
                  progress=False):# Show a bar
-    "The Trainer that runs `plan`; `resume_from` is its checkpoint and `resumed` the step of it, 0 for a new run"
+    "The Trainer that runs `plan`; `resume_from` is its checkpoint and `resumed` the step of " \
+    "it, 0 for a new run"
     from accelerate import PartialState
-    processes, use_cache = PartialState(cpu=model.device.type=='cpu'), getattr(model.config, 'use_cache', None)
-    main = processes.is_main_process
+    processes = PartialState(cpu=model.device.type=='cpu')
+    main, use_cache = processes.is_main_process, getattr(model.config, 'use_cache', None)
     train_in_fp32(model)
     run = run_key(model, plan.data, spec.train, spec.seed)
     if out and main: clear_checkpoints(out, resume)
@@ -418,35 +465,30 @@ def make_trainer(model, tok,     # As for `fit`
     if tr.schedule:
         tr.schedule.begin(len(plan))
         tr.add_callback(_AfterStep(tr.schedule))
-    tr.folder, tr.tok, tr.run, tr.use_cache, tr.about = out, tok, run, use_cache, run_facts(spec, model)
+    tr.folder, tr.tok, tr.run, tr.use_cache = out, tok, run, use_cache
+    tr.about = run_facts(spec, model)
     tr.resume_from, tr.resumed = (str(found[0]), found[1]['step']) if found else (None, 0)
     return tr
-
-def run_facts(spec,   # A Spec
-              model): # As it trains
-    "What the card of the weights says of the run"
-    facts = dict(train=dict(spec.train), seed=spec.seed, versions=versions(),
-                 trainable=sum(p.numel() for p in trained_params(model).values()))
-    if spec.task=='-': return facts
-    return dict(facts, base=str(getattr(spec.base, 'name', spec.base)), task=spec.task, method=spec.method,
-                method_args=spec.method_args)
 
 # %% ../nbs/48_train.ipynb #89e706a1
 def fit(model,          # A transformers model, perhaps with an adapter
         tok,            # Its tokenizer; None when the rows are tokens already
-        plan,           # A `TrainingPlan`; or rows, encoded samples, `blocks`, or the documents of a pack
+        plan,           # A `TrainingPlan`; or rows, encoded samples, `blocks`, documents of a pack
         spec,           # A Spec, or a dict of differences from TRAIN
         out=None,       # Folder for steps.jsonl, checkpoints, best and last; None keeps nothing
         valid=None,     # With rows in place of a plan: rows for the validation loss
         resume=True,    # Go on from the newest whole checkpoint in `out`
         progress=True,  # Show a bar
-        extra_logs=None,# Called with each line of the curve and the `Curve`; returns fields to add, e.g. `cost_logs`
+        extra_logs=None,# Called with each line and the `Curve`; returns fields to add, e.g. `cost_logs`
         objective=None):# With rows in place of a plan: what is learned, by default `labels()`
-    "Train `model` by `plan`; returns a `TrainResult`. Raises `UserError` for what cannot train or resume"
+    "Train `model` by `plan`; returns a `TrainResult`. Raises `UserError` for what cannot train " \
+    "or resume"
     spec, out, tr = as_spec(spec), Path(out) if out else None, None
-    if not isinstance(plan, TrainingPlan): plan = make_plan(plan, tok, model, spec, valid, objective)
+    if not isinstance(plan, TrainingPlan):
+        plan = make_plan(plan, tok, model, spec, valid, objective)
     check_plan(plan, spec)
-    res = TrainResult(batching=plan.batching, log_fields={**COST_FIELDS, **plan.objective.log_fields},
+    res = TrainResult(batching=plan.batching,
+                      log_fields={**COST_FIELDS, **plan.objective.log_fields},
                       dropped=getattr(plan.data.samples, 'dropped', 0))
     with PeakMemory() as mem, training_mode(model, spec.train.checkpointing):
         try:
@@ -456,8 +498,9 @@ def fit(model,          # A transformers model, perhaps with an adapter
                 with writing(out or 'training'): tr.train(resume_from_checkpoint=tr.resume_from)
             if out: res.last = tr.save_weights(out/'last')
         except NonFinite as e:
-            res.status, res.message = 'nan', (f'{e}. Stopped before this step changed a weight; '
-                                              'try a lower lr, a longer warmup, or precision=fp32.')
+            res.status = 'nan'
+            res.message = (f'{e}. Stopped before this step changed a weight; '
+                           'try a lower lr, a longer warmup, or precision=fp32.')
         except Exception as e:
             if not is_oom(e): raise
             res.status, res.message = 'oom', oom_advice(spec.train, model)
@@ -473,36 +516,45 @@ def fit(model,          # A transformers model, perhaps with an adapter
 def _add_curve(res, tr, out):
     "Steps, tokens and time of the Trainer's curve"
     c = tr.curve
-    res.steps, res.tokens, res.seconds, res.tokens_per_s = c.steps, c.tokens, c.seconds, c.tokens/max(c.seconds, 1e-9)
+    res.steps, res.tokens, res.seconds = c.steps, c.tokens, c.seconds
+    res.tokens_per_s = c.tokens/max(c.seconds, 1e-9)
     res.precision = 'bf16' if tr.bf16 else 'fp32'
-    if out and (out/'best').exists() and any('val_loss' in s for s in c.steps): res.best = out/'best'
+    validated = any('val_loss' in s for s in c.steps)
+    if out and validated and (out/'best').exists(): res.best = out/'best'
 
+# %% ../nbs/48_train.ipynb #0a479048
 def _add_costs(res, model, data, mem):
     "Memory, parameters and operations"
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    res.weights, res.peak_memory = sum(storages.values()), mem.to_dict()
+    storages = [p.untyped_storage() for p in model.parameters()]
+    res.weights = sum({s.data_ptr(): s.nbytes() for s in storages}.values())      # tied ones once
+    res.peak_memory = mem.to_dict()
     res.trainable = sum(p.numel() for p in trained_params(model).values())
     if res.tokens: res.flops = res.tokens*training_flops(model, data.sizes.mean())
 
 # %% ../nbs/48_train.ipynb #bfc85a37
 def free_memory(trained=10**9): # Weights that were trained
-    "Give back what the Trainer's cycles hold. Collecting takes a fifth of a second, so not after a small adapter on a CPU"
+    "Give back what the Trainer's cycles hold. Collecting takes a fifth of a second, so not " \
+    "after a small adapter on a CPU"
     if trained>10**7 or torch.cuda.is_available(): gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/48_train.ipynb #677c4a68
 @patch(as_prop=True)
 def metrics(self:TrainResult):
-    "`train/...` metrics of a record, {name: dict(value, unit, direction)}; empty when nothing was trained"
+    "`train/...` metrics of a record, {name: dict(value, unit, direction)}; empty when nothing " \
+    "was trained"
     if not self.seconds: return {}
     m, last = self.peak_memory, self.steps[-1]
     val = [s['val_loss'] for s in self.steps if s.get('val_loss') is not None]
-    found = dict(seconds=(self.seconds, 's', 'min'), tokens=(self.tokens, 'tokens', ''),
-                 steps=(len(self.steps), 'steps', ''), tokens_per_s=(self.tokens_per_s, 'tokens/s', 'max'),
-                 trainable=(self.trainable, 'parameters', 'min'), loss=(last['loss'], 'nats', 'min'),
+    found = dict(seconds=(self.seconds, 's', 'min'),
+                 tokens=(self.tokens, 'tokens', ''),
+                 steps=(len(self.steps), 'steps', ''),
+                 tokens_per_s=(self.tokens_per_s, 'tokens/s', 'max'),
+                 trainable=(self.trainable, 'parameters', 'min'),
+                 loss=(last['loss'], 'nats', 'min'),
                  peak_memory=(m['allocated'] or m['growth']+self.weights, 'bytes', 'min'))
     if m['reserved']: found['memory_reserved'] = m['reserved'], 'bytes', 'min'
     if val: found['val_loss'] = min(val), 'nats', 'min'
     if self.flops: found['flops'] = self.flops, 'FLOP', 'min'
     found.update({k: (last[k], *about) for k,about in self.log_fields.items() if k in last})
-    return {f'train/{k}': dict(value=v, unit=unit, direction=way) for k,(v,unit,way) in found.items()}
+    return {f'train/{k}': dict(zip(('value', 'unit', 'direction'), x)) for k,x in found.items()}
