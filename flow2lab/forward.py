@@ -13,8 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 from .values import UserError
 from .layers import eval_mode, is_quantized, unwrap
+from .costs import text_config
 from .prefixes import fork, new_cache, shared_prefix, Tree
-from .prompts import context_length, end_ids, text_config
+from .prompts import context_length, end_ids
 
 # %% ../nbs/55_forward.ipynb #522b25a0
 def naive_logprobs(model,
@@ -87,7 +88,7 @@ def tensor(self:Forward, x):
 # %% ../nbs/55_forward.ipynb #23a6dc53
 def sliding_window(model):
     "Tokens that a layer looks back at most; infinite when every layer sees all"
-    c = text_config(model)
+    c = text_config(model.config)
     window = getattr(c, 'sliding_window', None)
     types = getattr(c, 'layer_types', None)
     if not types: types = ['sliding_attention'] if getattr(c, 'use_sliding_window', True) else []

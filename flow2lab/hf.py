@@ -12,9 +12,10 @@ import math, time
 import numpy as np
 from fastcore.basics import patch
 from .axes import backend
+from .costs import text_config
 from .prefixes import fork, join, keep, new_cache, pack_trees
 from .prompts import (
-    fit_answer, pair_ids, prompt_ids, reached_stop, Score, text_config, to_generation, truncate)
+    fit_answer, pair_ids, prompt_ids, reached_stop, Score, to_generation, truncate)
 from .forward import cached, Forward
 
 # %% ../nbs/56_hf.ipynb #bcb73660
@@ -50,7 +51,7 @@ def tree_batches(self:hf, qs):
     longest = max((len(p)+max(map(len, options)) for p,options in qs), default=0)
     short, skip, shared = self.read_shared([p for p,_ in qs], longest)
     packed = pack_trees(qs, skip, self.row_tokens if short else 0) if qs else []
-    most = min(self.batch_tokens, self.cache_bytes//(8*text_config(self.model).vocab_size))
+    most = min(self.batch_tokens, self.cache_bytes//(8*text_config(self.model.config).vocab_size))
     for batch in self.batches([len(t) for t,_ in packed], cached(shared), most):
         yield [packed[k] for k in batch], shared
 
