@@ -36,7 +36,7 @@ def read_columns(path,     # Parquet file
     import pyarrow.parquet as pq
     with pq.ParquetFile(path, pre_buffer=False) as f: yield from f.iter_batches(1000, columns=columns)
 
-# %% ../nbs/24_cleaning.ipynb #2e997b59
+# %% ../nbs/24_cleaning.ipynb #83c6daac
 SAMPLES = 3      # Of what each rule removed, in one chunk and in the end
 
 def _note_removed(counts, why, doc, note=''):
@@ -48,7 +48,7 @@ def _note_removed(counts, why, doc, note=''):
 def sift(docs,      # List of dict(id, text)
          settings,  # From `rule_settings`
          leaks):    # `Leaks`, or None
-    "(documents that stay [(id, `Doc`)], counts of all documents, of removed and changed ones by rule, and samples)"
+    "([(id, `Doc`)] of what stays, dict of documents, chars, removed and changed by rule, samples by rule)"
     counts = dict(documents=len(docs), chars=sum(len(d['text']) for d in docs),
                   removed=Counter(), changed=Counter(), samples={})
     kept = []

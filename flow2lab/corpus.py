@@ -80,7 +80,7 @@ def clean(self:Input,
 def find_duplicates(files,  # Cleaned chunks, in order
                     near,   # Similarity of near-duplicates, 0 to keep them
                     tmp):   # Folder for scratch files
-    "(exact, near) masks over all documents of `files`, the pairs as (index, index) (m, 2) and their similarity (m)"
+    "(exact, near) masks over all documents of `files`, pairs as indexes (m, 2), and their similarity (m)"
     s = Sketches(tmp, near)
     for path in files:
         for b in read_columns(path, ['exact', 'sketch']):
@@ -149,7 +149,8 @@ def write_shards(docs,    # Iterable of dict(id, text, source)
         while group:
             facts['documents'] += len(group)
             facts['chars'] += sum(len(d['text']) for d in group)
-            yield pa.table({k: pa.array([d[k] for d in group], pa.string()) for k in ('id', 'text', 'source')})
+            columns = {k: [d[k] for d in group] for k in ('id', 'text', 'source')}
+            yield pa.table({k: pa.array(column, pa.string()) for k,column in columns.items()})
             group = next(groups, None) if facts['chars']+jobs.CHUNK/2<size else None
     while (group := next(groups, None)):
         facts = dict(documents=0, chars=0)
@@ -197,7 +198,9 @@ def manifest(folder):   # Of a corpus
 def changed_files(folder,  # Of a corpus
                   m):      # Its manifest
     "Names of the shards that are missing or not what the manifest says"
-    def whole(f): return (Path(folder)/f['name']).is_file() and fingerprint(Path(folder)/f['name'], 64)==f['sha256']
+    def whole(f):
+        p = Path(folder)/f['name']
+        return p.is_file() and fingerprint(p, 64)==f['sha256']
     return [f['name'] for f in m['files'] if not whole(f)]
 
 # %% ../nbs/25_corpus.ipynb #f01c5d7a
@@ -338,6 +341,7 @@ def corpus_stats(path):   # Folder of a corpus, or file of documents
         s['words'] += words
         s['lengths'][min(words.bit_length(), 20)] += 1
     if not by: raise UserError(f'{path}: an empty corpus. Nothing to count.')
-    for s in by.values(): s['lengths'] = {f'{2**(b-1) if b else 0}': s['lengths'][b] for b in sorted(s['lengths'])}
+    for s in by.values():
+        s['lengths'] = {f'{2**(b-1) if b else 0}': n for b,n in sorted(s['lengths'].items())}
     total = {k: sum(s[k] for s in by.values()) for k in ('documents', 'chars', 'words')}
     return Summary(dict(total, sources=by), _stats_text(by, total))

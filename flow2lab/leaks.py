@@ -65,7 +65,7 @@ def _asked(row):
     except UserError: return ' '.join(v for v in row.values() if isinstance(v, str))
 
 # %% ../nbs/23_leaks.ipynb #5bc07327
-def leak_items(against):   # `name`, `name=path of its test file`, or path of a file of rows; or a list of these
+def leak_items(against):   # `name`, `name=path of its test file`, path of a file of rows, or a list of these
     "Yield (place, text) of all items of tasks and files; `UserError` for an unknown task or file"
     for a in [against] if isinstance(against, str) else against:
         name, _, path = str(a).partition('=')

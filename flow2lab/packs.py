@@ -150,10 +150,10 @@ class Pack:
                 f'in {m["rows"]:,} sequences of {m["seq_len"]:,} ({m["how"]}), '
                 f'{m["efficiency"]:.2%} of the places used' + ('' if self.fresh else ' (already there)'))
 
-# %% ../nbs/28_packs.ipynb #1320b3d7
+# %% ../nbs/28_packs.ipynb #a4edd098
 @patch
 def rows(self:Pack, seq_len=None):   # Of a block, the pack's own if not given; only a contiguous pack has a choice
-    "What `train.fit` takes as its rows: blocks (n, seq_len+1), or `Pieces`; `UserError` if the length is impossible"
+    "What `train.fit` takes as its rows: blocks (n, seq_len+1), or `Pieces`; `UserError` for an impossible length"
     n = seq_len or self.seq_len
     if self.how=='contiguous':
         if len(self.ids)<=n:
@@ -177,10 +177,10 @@ def split(self:Pack, valid=.01):   # Share of the rows for validation, at least 
     at = np.linspace(0, len(rows)-1, k).astype(int)
     return Pieces(self.ids, np.delete(self.index, at, 0)), Pieces(self.ids, self.index[at])
 
-# %% ../nbs/28_packs.ipynb #d29270eb
+# %% ../nbs/28_packs.ipynb #d8917010
 @patch
 def row(self:Pack, i):   # Number of the row
-    "Row `i` for any trainer: input_ids, labels (-100 where nothing is to be predicted), position_ids, each (seq_len)"
+    "Row `i` for any trainer: input_ids, labels (-100: nothing to predict), position_ids, each (seq_len)"
     n = self.seq_len
     ids = np.asarray(self.ids[i*n:(i+1)*n], np.int64)
     labels, positions = np.full(n, -100), np.zeros(n, np.int64)
@@ -218,7 +218,7 @@ def damaged_file(folder,       # Of a pack
         if not p.is_file() or p.stat().st_size!=f['bytes']: return f['name']
         if deep and fingerprint(p, 64)!=f['sha256']: return f['name']
 
-# %% ../nbs/28_packs.ipynb #73e7e39e
+# %% ../nbs/28_packs.ipynb #a5804262
 LAYOUTS = dict(contiguous=write_contiguous, first_fit=write_first_fit)
 
 def write_pack(folder,   # To write
@@ -229,13 +229,14 @@ def write_pack(folder,   # To write
                pad):     # Token that fills what is left of a row
     "Write tokens.bin and index.npy; returns the facts for the manifest. `UserError` if not one row is full"
     with atomic_dir(folder) as tmp:
-        with open(tmp/'tokens.bin', 'wb') as f: index, rows, useful = LAYOUTS[how](parts, f, dtype, seq_len, pad)
+        with open(tmp/'tokens.bin', 'wb') as f:
+            index, rows, useful = LAYOUTS[how](parts, f, dtype, seq_len, pad)
         if not rows:
             raise UserError(f'{int(index[:,1].sum())} tokens do not fill one sequence of seq_len {seq_len}. '
                             'Set a shorter --seq-len.')
         np.save(tmp/'index.npy', index)
-        files = [dict(name=f'{folder.name}/{name}', bytes=(tmp/name).stat().st_size, sha256=fingerprint(tmp/name, 64))
-                 for name in ('tokens.bin', 'index.npy')]
+        files = [dict(name=f'{folder.name}/{f.name}', bytes=f.stat().st_size, sha256=fingerprint(f, 64))
+                 for f in (tmp/'tokens.bin', tmp/'index.npy')]
     return dict(rows=rows, useful=useful, efficiency=useful/(rows*seq_len), pieces=len(index), files=files)
 
 # %% ../nbs/28_packs.ipynb #0ae1d994

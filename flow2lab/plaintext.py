@@ -178,7 +178,7 @@ def documents(cls:nano_text,
         if rng.random()>=needles: yield row
         else: yield dict(nano_needle.render(needle_row(rng, LENGTHS[:3])))
 
-# %% ../nbs/44_plaintext.ipynb #5e62c79b
+# %% ../nbs/44_plaintext.ipynb #bcc8fcd5
 @patch(cls_method=True)
 def training(cls:nano_text,
              spec,   # What is trained
@@ -189,5 +189,6 @@ def training(cls:nano_text,
     def documents(n, seed): return list(cls.documents(n, seed, a['needles'], a['mix']))
     rows = documents(n, 2*a['seed'])
     asked = [r for r in rows if 'messages' in r]
-    found = {name: contamination(asked, task[name].load(**kw), None, task[name]) for name,kw in spec.eval.items()}
+    found = {name: contamination(asked, task[name].load(**kw), None, task[name])
+             for name,kw in spec.eval.items()}
     return TrainingData(rows, documents(400, 2*a['seed']+1), found)

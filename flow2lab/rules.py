@@ -65,9 +65,10 @@ class Doc:
     @cached_property
     def lines(self): return [line for line in self.text.split('\n') if line.strip()]
     @cached_property
-    def ids(self): return numbers(self.words)                                                # uint64 (words)
+    def ids(self): return numbers(self.words)       # uint64 (words)
     @cached_property
-    def sizes(self): return np.fromiter(map(len, self.words), np.int64, len(self.words))     # characters (words)
+    def sizes(self):                                # characters, int64 (words)
+        return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
 # %% ../nbs/21_rules.ipynb #22c91c33
 _mojibake = re.compile('[ÂÃâðÐÎ][\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]')
@@ -190,7 +191,8 @@ def repetition(d, top=(.2, .18, .16),                      # Share of characters
     "The same lines, paragraphs or runs of words over and over (Gopher)"
     text, n = d.text, max(1, len(d.text))
     if _says_again([line.strip() for line in d.lines], n, .3, .2): return ''
-    if '\n\n' in text and _says_again([p.strip() for p in re.split(r'\n{2,}', text.strip())], n, .3, .2): return ''
+    paragraphs = re.split(r'\n{2,}', text.strip()) if '\n\n' in text else []
+    if _says_again([p.strip() for p in paragraphs], n, .3, .2): return ''
     ends, h = np.concatenate([[0], np.cumsum(d.sizes+1)]), d.ids
     for k in range(2, 11):
         if len(d.ids)<=k: return

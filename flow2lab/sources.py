@@ -61,7 +61,7 @@ def text_of(row):   # dict of a file of rows, or of a dataset on the hub
 PASSAGE = 16_000    # Characters from which on a passage is complete
 
 def passages(paragraphs):   # Iterable of (line number, text)
-    "Yield (line of its beginning, text) of passages of about PASSAGE characters; a line of <|endoftext|> ends one"
+    "Yield (first line, text) of passages of about PASSAGE characters; a line of <|endoftext|> ends one"
     start, parts, size = 0, [], 0
     for n,text in itertools.chain(paragraphs, [(0, SPECIAL[0])]):
         *ended, text = text.split(SPECIAL[0])
@@ -119,10 +119,10 @@ def hub_place(name):   # Of a declared source
     "Where it lies on the hub: dict(repo, config, split)"
     return dict(dict(config=None, split='train'), **source[name]())
 
-# %% ../nbs/20_sources.ipynb #69c3677c
+# %% ../nbs/20_sources.ipynb #d68866f5
 def hub_documents(name,    # Of a declared source
                   limit):  # Documents to read
-    "Yield dict(id, text) of the first documents of a declared source; the id is the row's id or url if it has one"
+    "Yield dict(id, text) of a declared source; the id is the row's id or url if it has one"
     place = hub_place(name)
     rows = hub_rows(place['repo'], place['config'], place['split'])
     for i,row in enumerate(itertools.islice(rows, limit)):
@@ -143,7 +143,7 @@ def _check_weight(name, weight):
     raise UserError(f'weight of {name}: {weight!r} is not a number above 0.')
 
 def as_mix(sources):   # Name or path, a list of these, {name: weight}, or the path of a JSON file of that
-    "`{name or path: weight}`, the weight None where none is given; `UserError` for no source or an impossible weight"
+    "`{name or path: weight}`, the weight None if not given; `UserError` for no source or an impossible weight"
     if isinstance(sources, (str, Path)): sources = _mix_in(sources) or [sources]
     if not isinstance(sources, dict): sources = dict.fromkeys(sources)
     mix = {str(name): weight for name,weight in sources.items()}

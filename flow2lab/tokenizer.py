@@ -123,14 +123,14 @@ HARD = dict(
     numbers='1234567890 3.14159 1,000,000',
     odd='\x00\x07 \ufffd \u200b\u00a0|\u2028', long='a'*2000)
 
-# %% ../nbs/26_tokenizer.ipynb #e5cf999d
+# %% ../nbs/26_tokenizer.ipynb #19e7c532
 def _is_byte(piece, text):
     "True if `piece`, which reads `text`, is part of a character that is spread over several"
     return bool(re.fullmatch(r'<0x[0-9A-F]{2}>', piece)) or '\ufffd' in text
 
 def fertility(tok,     # A fast tokenizer
               texts):  # List of strings
-    "Tokens in all, tokens per word, bytes per token, and the share of tokens that are bytes of a split character"
+    "dict(tokens, tokens_per_word, bytes_per_token, split: share of tokens that are bytes of a split character)"
     ids = [i for e in tok.backend_tokenizer.encode_batch(texts, add_special_tokens=False) for i in e.ids]
     reads = {i: tok.decode([i]) for i in set(ids)}
     pieces = tok.convert_ids_to_tokens(list(reads))

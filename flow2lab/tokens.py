@@ -87,7 +87,8 @@ class Words(dict):
     def __init__(self, spec,   # Tokenizer as JSON
                  dtype):       # Of a token
         self.spec, self.dtype = spec, dtype
-    def encode(self, texts): return [np.array(i, self.dtype).tobytes() for i in encode_plainly(texts, self.spec)]
+    def encode(self, texts):   # list of bytes
+        return [np.array(i, self.dtype).tobytes() for i in encode_plainly(texts, self.spec)]
     def learn(self, texts):    # Iterable of lists of words
         if len(self)>MAX_WORDS: self.clear()
         new = [*set(itertools.chain.from_iterable(texts)).difference(self)]
@@ -149,7 +150,7 @@ def parts_of(corpus):   # Folder of a corpus, or file of documents
     for f in manifest(p)['files']:
         for group in range(pq.read_metadata(p/f['name']).num_row_groups): yield p/f['name'], group
 
-# %% ../nbs/27_tokens.ipynb #ebdb35a7
+# %% ../nbs/27_tokens.ipynb #206eebf6
 def encode_corpus(corpus,      # Folder of a corpus, or file of documents
                   tok,         # A fast tokenizer
                   folder,      # For the parts; those that are there are not made again
@@ -158,7 +159,8 @@ def encode_corpus(corpus,      # Folder of a corpus, or file of documents
     "Tokenize a corpus; returns (files of the parts, documents, tokens)"
     with disk_errors(folder): folder.mkdir(parents=True, exist_ok=True)
     spec, n, total = tok.backend_tokenizer.to_str(), 0, np.zeros(2, np.int64)
-    jobs = ((part, folder/f'{i:05}.npz', spec, tok.eos_token_id, dtype) for i,part in enumerate(parts_of(corpus)))
+    jobs = ((part, folder/f'{i:05}.npz', spec, tok.eos_token_id, dtype)
+            for i,part in enumerate(parts_of(corpus)))
     for counts in in_order(encode_part, jobs, workers):
         total += counts
         n += 1

@@ -1,7 +1,8 @@
 "From text to a pack as processes: the real files of ../shared/data, hostile ones, a full disk, a kill in the middle"
 import json, os, resource, signal, subprocess, sys, time
-import numpy as np, pytest
 from pathlib import Path
+import numpy as np
+import pytest
 from flow2lab import corpus, jobs, packs, tokenizer
 from flow2lab.cli import main
 from flow2lab.values import UserError
@@ -17,26 +18,36 @@ WORDS = ("the of and that have with to be a in was for on as by at from his her 
 def article(rng, n=300):
     "Text that passes the rules and resembles no other: common words among made-up ones"
     made = [''.join(rng.choice(list('aeioustrnlmd'), rng.integers(3, 9))) for _ in range(n//2)]
-    w = rng.permutation([*rng.choice(WORDS, n-n//2), *made]).tolist()
-    return ' '.join(w[i] + ('.' if i%12==11 else '') for i in range(n))
+    words = rng.permutation([*rng.choice(WORDS, n-n//2), *made]).tolist()
+    return ' '.join(w + ('.' if i%12==11 else '') for i,w in enumerate(words))
+
+def write_rows(path, rows):
+    "JSONL"
+    path.write_text(''.join(json.dumps(r)+'\n' for r in rows))
 
 @pytest.fixture(scope='session')
 def web(tmp_path_factory):
     "2 MB: four chunks of one file"
-    p = tmp_path_factory.mktemp('web')/'web.jsonl'; rng = np.random.default_rng(0)
+    p, rng = tmp_path_factory.mktemp('web')/'web.jsonl', np.random.default_rng(0)
     words = np.array([w for _ in range(200) for w in article(rng).split()], object)
-    p.write_text(''.join(json.dumps(dict(id=i, text=' '.join(words[rng.integers(0, len(words), 300)])))+'\n'
-                         for i in range(1200)))
+    write_rows(p, (dict(id=i, text=' '.join(words[rng.integers(0, len(words), 300)])) for i in range(1200)))
     return p
 
 jobs.CHUNK = 600_000         # characters: several chunks of little text
 FLOW2LAB = [sys.executable, '-c', 'import sys; from flow2lab import jobs; from flow2lab.cli import main; '
             'jobs.CHUNK = 600_000; sys.exit(main())']
+
 def left(folder):
-    return (sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if 'tmp' in f.name)
-            if folder.exists() else [])
-def state(folder): return {k: v for k,v in corpus.manifest(folder).items() if k in ('hash', 'files', 'documents')}
+    "Scratch files that somebody left behind"
+    if not folder.exists(): return []
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if 'tmp' in f.name)
+
+def state(folder):
+    "What two equal corpora have in common"
+    return {k: v for k,v in corpus.manifest(folder).items() if k in ('hash', 'files', 'documents')}
+
 def says(capsys, *argv, part):
+    "The command fails with a sentence that holds `part`"
     assert main([str(a) for a in argv])==2
     err = capsys.readouterr().err
     assert part in err and 'Traceback' not in err, err
@@ -47,15 +58,17 @@ def prepared(web, tmp_path_factory):
 
 @real
 def test_known_duplicates(tmp_path, capfd):
-    rows = [dict(zip(('id', 'text'), l.split(' ', 1)))
-            for l in (shared/'neardup_news/articles.train').read_text().splitlines()]
-    (tmp_path/'news.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    lines = (shared/'neardup_news/articles.train').read_text().splitlines()
+    rows = [dict(zip(('id', 'text'), line.split(' ', 1))) for line in lines]
+    write_rows(tmp_path/'news.jsonl', rows)
     assert main(['corpus', 'dedup', str(tmp_path/'news.jsonl'), '--json'])==0
-    out = capfd.readouterr().out; got = json.loads(out)
+    out = capfd.readouterr().out
+    got = json.loads(out)
     truth = {frozenset(l.split()) for l in (shared/'neardup_news/articles.truth').read_text().splitlines()}
     found = {frozenset(p) for p in got['near']}
-    assert (out.count('\n')==1 and truth<=found and len(found-truth)<=5 and got['documents']==len(rows)
-            and got['kept']==len(rows)-len(found)-got['exact'])
+    assert out.count('\n')==1
+    assert truth<=found and len(found-truth)<=5
+    assert got['documents']==len(rows) and got['kept']==len(rows)-len(found)-got['exact']
 
 @real
 def test_real_text_to_a_trained_model(tmp_path, capfd):
@@ -79,7 +92,8 @@ def test_real_text_to_a_trained_model(tmp_path, capfd):
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
     from flow2lab.packing import pack
     from flow2lab.train import fit
-    torch.set_num_threads(1); torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=2048, hidden_size=32, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                                          intermediate_size=64, tie_word_embeddings=True, max_position_embeddings=256))
@@ -87,15 +101,18 @@ def test_real_text_to_a_trained_model(tmp_path, capfd):
         p = run('pack', tmp_path/'c', '--tokenizer', tmp_path/'tok', '--out', tmp_path/how,
                 '--seq-len', 256, '--how', how)
         assert p['efficiency']>=.98 and p['documents']==c['documents']
-        k = packs.load_pack(tmp_path/how, AutoTokenizer.from_pretrained(tmp_path/'tok')); rows, valid = k.split(.05)
+        k = packs.load_pack(tmp_path/how, AutoTokenizer.from_pretrained(tmp_path/'tok'))
+        rows, valid = k.split(.05)
         r = fit(model, None, rows, dict(lr=3e-3, tokens=40_000, batch_tokens=2048), valid=valid, progress=False)
         assert r.status=='ok' and r.steps[-1]['loss']<r.steps[0]['loss']
-    i = int(np.bincount(k.index[:,0]//256).argmax()); row = k.row(i)            # the fullest row
+    i = int(np.bincount(k.index[:,0]//256).argmax())            # the fullest row
+    row = k.row(i)
     # positions restart at each document, in both ways to use a fitted pack
     mb = pack([rows[i] for i in range(3)])
     starts = {int(s)-256*i for s,l in k.index if s//256==i}
     inside = {int(s)-256*i+j for s,l in k.index if s//256==i for j in range(l)}
-    assert len(starts)>1 and starts=={int(p) for p in np.flatnonzero(row['position_ids']==0)}&inside
+    begun = {int(p) for p in np.flatnonzero(row['position_ids']==0)}
+    assert len(starts)>1 and starts==begun & inside
     assert (mb['position_ids']==0).sum()==3
 
 def test_workers_make_no_difference(web, prepared, tmp_path):
@@ -107,7 +124,8 @@ def test_kill_and_go_on(web, prepared, tmp_path):
     cmd = [*FLOW2LAB, 'corpus', 'prepare', str(web), '--out', str(out), '--language', 'any', '--workers', '1']
     p = subprocess.Popen(cmd, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     while not (first := [*out.glob('stages/*/00000.parquet')]) and p.poll() is None: time.sleep(.005)
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
     assert not (out/'manifest.json').exists()
     before = first[0].stat().st_mtime_ns
     assert subprocess.run(cmd, capture_output=True).returncode==0
@@ -128,7 +146,11 @@ def test_disk_full(web, prepared, tmp_path, limit):
     assert state(out)==state(prepared.folder) and all(f.stat().st_mtime_ns==t for f,t in before.items())
 
 def huge(p): p.write_bytes(b'{"text": "' + b'word '*20_000_000 + b'"}\n')
-def binary(p): p.with_suffix('.bin').write_bytes(bytes(range(256))*40); p.write_text('{"text": "fine"}\n')
+def binary(p):
+    p.with_suffix('.bin').write_bytes(bytes(range(256))*40)
+    p.write_text('{"text": "fine"}\n')
+
+# what is said -> what writes such a file
 hostile = {'empty, no rows': lambda p: p.write_text(''), 'longer than 64 MiB. Split it': huge,
            'not UTF-8 (byte 0xE9': lambda p: p.write_bytes('{"text": "caf\xe9"}\n'.encode('latin-1')),
            'web.bin:1: a NUL byte at column 1: not text': binary,
@@ -137,7 +159,8 @@ hostile = {'empty, no rows': lambda p: p.write_text(''), 'longer than 64 MiB. Sp
 
 @pytest.mark.parametrize('part', hostile)
 def test_hostile_input(part, tmp_path, capsys):
-    (tmp_path/'in').mkdir(); hostile[part](tmp_path/'in/web.jsonl')
+    (tmp_path/'in').mkdir()
+    hostile[part](tmp_path/'in/web.jsonl')
     says(capsys, 'corpus', 'prepare', tmp_path/'in', '--out', tmp_path/'out', part=part)
     assert not (tmp_path/'out/manifest.json').exists() and not left(tmp_path/'out')
 
@@ -168,11 +191,14 @@ def test_stale_things_are_refused(web, prepared, tmp_path, capsys):
     a, b = (tokenizer.make_tokenizer(c, tmp_path/n, vocab=v) for n,v in (('a', 512), ('b', 600)))
     p = packs.pack_corpus(c, a, tmp_path/'p', seq_len=128, workers=1)
     with pytest.raises(UserError, match='packed with another tokenizer'): packs.load_pack(p.folder, b)
-    shard = next(c.glob('shards-*/*')); whole = shard.read_bytes(); shard.write_bytes(whole[:-1]+b'?')
+    shard = next(c.glob('shards-*/*'))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1]+b'?')
     says(capsys, 'pack', c, '--tokenizer', tmp_path/'a', '--out', tmp_path/'q',
          part='changed after the corpus was prepared')
     assert not (tmp_path/'q').exists()
-    corpus.prepare(web, c, language='', limit=300, workers=1); assert shard.read_bytes()==whole
+    corpus.prepare(web, c, language='', limit=300, workers=1)
+    assert shard.read_bytes()==whole
 
 # chunks of the usual size
 BIG = [sys.executable, '-c', 'import sys; from flow2lab.cli import main; sys.exit(main())']
@@ -188,19 +214,17 @@ def peak(cmd):
                     reason='slow: set FLOW2LAB_SLOW=1 to prepare, tokenize and pack 1 GB (some 10 minutes)')
 def test_memory_does_not_grow(web, tmp_path):
     "1 GB of varied text takes at most 300 MB more than 2 MB do, in every process of every stage"
-    big = tmp_path/'big.jsonl'; rng = np.random.default_rng(2)
+    big, rng = tmp_path/'big.jsonl', np.random.default_rng(2)
     words = np.array(WORDS+[w for l in open(web).readlines()[:300] for w in json.loads(l)['text'].split()], object)
     with open(big, 'w') as f:
         while f.tell()<1e9: f.write(json.dumps(dict(text=' '.join(words[rng.integers(0, len(words), 400)])))+'\n')
-    tok = tokenizer.make_tokenizer(corpus.prepare(web, tmp_path/'t', language='', limit=0).folder, tmp_path/'tok',
-                                  vocab=2048)
-    grown = {}
-    for how in ('prepare', 'contiguous', 'first_fit'):
-        command = lambda src, out: (
-            [*BIG, 'corpus', 'prepare', str(src), '--out', str(tmp_path/f'c{out}'), '--language', 'any']
-            if how=='prepare' else
-            [*BIG, 'pack', str(tmp_path/f'c{out}'), '--tokenizer', str(tmp_path/'tok'),
-             '--out', str(tmp_path/f'{how}{out}'), '--how', how])
-        grown[how] = peak(command(big, 'big'))-peak(command(web, 'small'))
+    made = corpus.prepare(web, tmp_path/'t', language='', limit=0)
+    tokenizer.make_tokenizer(made.folder, tmp_path/'tok', vocab=2048)
+    def command(how, src, out):
+        c = str(tmp_path/f'c{out}')
+        if how=='prepare': return [*BIG, 'corpus', 'prepare', str(src), '--out', c, '--language', 'any']
+        return [*BIG, 'pack', c, '--tokenizer', str(tmp_path/'tok'), '--out', str(tmp_path/f'{how}{out}'), '--how', how]
+    grown = {how: peak(command(how, big, 'big'))-peak(command(how, web, 'small'))
+             for how in ('prepare', 'contiguous', 'first_fit')}
     print({k: f'{v/1e6:.0f} MB' for k,v in grown.items()})
     assert max(grown.values())<=300e6, grown

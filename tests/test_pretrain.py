@@ -8,7 +8,8 @@ from flow2lab.files import fingerprint, project_path
                     reason='slow: set FLOW2LAB_SLOW=1 to derive the shipped models again')
 @pytest.mark.parametrize('size', ['micro', 'nano'])
 def test_rederive(size, run, tmp_path):
-    shipped = project_path('data/models/nano', size); record = json.loads((shipped/'record.json').read_text())
+    shipped = project_path('data/models/nano', size)
+    record = json.loads((shipped/'record.json').read_text())
     out = tmp_path/size
     for stage,tokens,lr in ((1, dict(micro=12., nano=14.)[size], .003), (2, 3., .001)):
         r = run('papermill', 'nbs/studies/pretrain_nano.ipynb', tmp_path/f'stage{stage}.ipynb',
