@@ -61,7 +61,7 @@ def _cost(df, groups, name, preferred):
 
 # %% ../nbs/67_compare.ipynb #ac85e60c
 def _cost_notes(costs):
-    "What to say about costs; `costs` is [(metric or None, mean costs or None), ...]"
+    "Notes on costs; `costs` is [(metric or None, mean costs or None), ...]"
     known = [(k, c) for k,c in costs if c is not None]
     notes = []
     if not known:
@@ -72,7 +72,7 @@ def _cost_notes(costs):
 
 # %% ../nbs/67_compare.ipynb #9476c418
 def _repeat_note(names, groups, runs):
-    "What to say about methods with several runs of one seed"
+    "A note on methods with several runs of one seed, in a list"
     again = [k for k,g,r in zip(names, groups, runs) if len(g)>len(r)]
     if not again: return []
     return [f'{", ".join(again[:3])}{" ..." if len(again)>3 else ""}: several runs of one seed '
@@ -109,8 +109,8 @@ def _rows(df, done, status, f, metric, flags, sign, wanted, alpha, notes):
 # %% ../nbs/67_compare.ipynb #f202903e
 def _failures(df, labels, status):
     "Rows for methods of which no run gave a value"
-    said = df['message'].fillna('').groupby(df['label']).first() if 'message' in df else {}
-    return pd.DataFrame([dict(name=k, status=status[k], message=str(said.get(k, '')),
+    messages = df['message'].fillna('').groupby(df['label']).first() if 'message' in df else {}
+    return pd.DataFrame([dict(name=k, status=status[k], message=str(messages.get(k, '')),
                               pareto=False) for k in labels])
 
 # %% ../nbs/67_compare.ipynb #bb0d0fe7

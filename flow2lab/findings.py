@@ -140,13 +140,13 @@ def conclusion(findings):   # A list of `Finding`, or of their dicts from answer
         return f'{diff} [{lo}, {hi}] {_points(f["unit"])}'
     if len(fs)==1:
         return f'The finding that {fs[0]["claim"]} is {fs[0]["verdict"]}: {numbers(fs[0])}.'
-    said = []
+    groups = []
     for verdict in 'supported', 'refuted', 'undecided':
         group = [f for f in fs if f['verdict']==verdict]
         claims = '; '.join(f'{f["claim"]}: {numbers(f)}' for f in group)
         if group:
-            said.append(f'{len(group)} {"is" if len(group)==1 else "are"} {verdict} ({claims})')
-    listed = said[-1] if len(said)==1 else ', '.join(said[:-1]) + ' and ' + said[-1]
+            groups.append(f'{len(group)} {"is" if len(group)==1 else "are"} {verdict} ({claims})')
+    listed = groups[-1] if len(groups)==1 else ', '.join(groups[:-1]) + ' and ' + groups[-1]
     return f'Of {len(fs)} findings {listed}.'
 
 # %% ../nbs/76_findings.ipynb #c55e3e18

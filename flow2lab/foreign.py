@@ -254,7 +254,7 @@ def parse_foreign(file):   # Path of a .json, .txt or .md file
     try: d = json.loads(text)
     except json.JSONDecodeError as e:
         raise UserError(f'{relative(file)}:{e.lineno}: invalid JSON at column {e.colno} ({e.msg}). '
-                        f'Mend or remove the file.') from None
+                        f'Correct or remove the file.') from None
     if isinstance(d, dict) and 'train_info' in d and 'run_info' in d: return 'peft', d
     if isinstance(d, dict) and isinstance(d.get('results'), dict): return 'lm-eval', d
     return None, d

@@ -240,7 +240,7 @@ def totals_of(df,           # Records, from `labelled`
 
 # %% ../nbs/66_grouping.ipynb #3e5680a3
 def _seed_notes(S):
-    "What to say about methods that were trained once; `S` are the seeds of each"
+    "Notes on methods that were trained once; `S` are the seeds of each"
     if not len(S) or (S>1).all(): return []
     if (S>1).any():
         return [f'{(S==1).sum()} of {len(S)} have one seed: '

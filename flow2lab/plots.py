@@ -111,8 +111,8 @@ def _own_short(r, keep):
     base, plain = r.how=='NoSFT', r.quant=='NoQuant'
     if base: what = 'untouched base' if plain else 'base'
     else: what = 'full' if r.peft=='NoPeft' else r.peft
-    kept = [r[c] for c in keep if c=='model' or not base]
-    return ' '.join(kept + [what] + [r.quant]*(not plain)) + r.more
+    parts = [r[c] for c in keep if c=='model' or not base]
+    return ' '.join(parts + [what] + [r.quant]*(not plain)) + r.more
 
 # %% ../nbs/68_plots.ipynb #bab8ace5
 def short_names(names):   # Names of methods

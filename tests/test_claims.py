@@ -102,7 +102,8 @@ def test_size_and_rank_has_two_sizes_at_every_scale():
 def test_study_notebooks_show_the_records(study):
     "The notebook holds its outputs, and its last one is the sentence that the reference's findings make"
     from flow2lab.findings import conclusion, reference_findings
-    cells = [c for c in json.loads((ROOT/'nbs'/'studies'/f'{study}.ipynb').read_text())['cells'] if c['cell_type']=='code']
+    cells = json.loads((ROOT/'nbs'/'studies'/f'{study}.ipynb').read_text())['cells']
+    cells = [c for c in cells if c['cell_type']=='code']
     shown = [o for c in cells for o in c['outputs']]
     assert sum('image/png' in o.get('data', {}) for o in shown)>=2
     assert ''.join(cells[-1]['outputs'][0]['text']).strip()==conclusion(reference_findings(study))
