@@ -98,7 +98,7 @@ def test_size_and_rank_has_two_sizes_at_every_scale():
     for s in SCALES.values(): assert s.smaller!=s.larger
     for scale in SCALES: assert len({s.base for s in specs_of('size_and_rank', scale)})==2
 
-@pytest.mark.parametrize('study', ['methods', 'size_and_rank', 'better_start'])
+@pytest.mark.parametrize('study', ['methods', 'size_and_rank', 'better_start', 'architectures'])
 def test_study_notebooks_show_the_records(study):
     "The notebook holds its outputs, and its last one is the sentence that the reference's findings make"
     from flow2lab.findings import conclusion, reference_findings
