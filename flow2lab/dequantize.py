@@ -18,7 +18,8 @@ def _turned(m):
     return getattr(m, 'source_cls', type(m)).__name__=='Conv1D' and type(m).__name__!='Conv1D'
 
 def dequantized_weight(m):    # A linear layer, quantized or not
-    "The fp32 weight of a linear layer, in the orientation of the class it came from: (out, in), or (in, out) of a Conv1D"
+    "The fp32 weight of a linear layer, in the orientation of the class that it came from: " \
+    "(out, in), or (in, out) of a Conv1D"
     w = m.weight() if callable(m.weight) else m.weight
     if getattr(w, 'quant_state', None) is not None:
         from bitsandbytes.functional import dequantize_4bit

@@ -71,7 +71,8 @@ def merge(model,             # With an adapter, on any base; or quantized, to be
           dtype='fp32',      # Of the result
           exact=None,        # Allowed relative error of the merge itself; 1e-6 in fp32 and 1e-2 in bf16 if not given
           like=0.25):        # Allowed relative difference from `model`, which may compute in bf16 or int8
-    "A fresh model that computes what `model` does, without adapter and quantization; `merged` on it says how exactly. " \
+    "A fresh model that computes what `model` does, without adapter and quantization; " \
+    "its `merged` says how exactly. " \
     "Raises `CertificateError` when it doesn't, `UserError` for what cannot be merged"
     from flow2lab.load import pick_dtype
     if not hasattr(model, 'peft_config'): return dequantized(model).to(pick_dtype(dtype))

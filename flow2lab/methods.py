@@ -338,8 +338,7 @@ def _train_whole(model):
 
 # %% ../nbs/41_methods.ipynb #85497822
 def attach(model,        # A base as loaded, perhaps quantized; it is changed in place
-           spec,         # Says method, method_args, seed and train.checkpointing
-           steps=None):  # Ignored: a method's schedule learns the number of steps when training begins
+           spec):        # Says method, method_args, seed and train.checkpointing
     "`model` ready to train by `spec.method`, fingerprinted, with the method's schedule if it has one. " \
     "Raises `UserError` when the method and the model do not fit"
     from peft import get_peft_model

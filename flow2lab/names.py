@@ -40,7 +40,8 @@ class QuantizationSpec:
     head:str=''             # dtype of head, embeddings and norms
     compute:str=''          # dtype that products are computed in
     then:object=None        # The QuantizationSpec applied after training, if this one was before
-    def __post_init__(self): object.__setattr__(self, 'method', str(getattr(self.method, 'value', self.method)))
+    def __post_init__(self):
+        object.__setattr__(self, 'method', str(getattr(self.method, 'value', self.method)))
     @property
     def tag(self): return tag_quant(self)
     def __repr__(self): return f'QuantizationSpec({self.tag})'

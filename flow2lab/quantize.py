@@ -155,7 +155,8 @@ def torchao_int8(model,                 # Name, folder, hub id, or a model in me
     return _load_quantized_by(TorchAoConfig(c), model, 'torchao_int8', dict(head=head))
 
 # %% ../nbs/51_quantize.ipynb #11249582
-@quantizer(usual=QuantizationSpec('DYNAMIC_INT8', weights=8, activations=8, format='int8', head='fp32', compute='fp32'),
+@quantizer(usual=QuantizationSpec('DYNAMIC_INT8', weights=8, activations=8, format='int8',
+                                  head='fp32', compute='fp32'),
            trains=False, saves=False, library='torch')
 def dynamic_int8(model,                 # Name, folder, hub id, or a model in memory
                  calibration=None, /):  # Not needed

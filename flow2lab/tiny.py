@@ -75,12 +75,13 @@ def few_steps(model,      # Its trainable parameters are trained in place
     return model.eval()
 
 # %% ../nbs/29_tiny.ipynb #ca87438e
-SENTENCES = ['What is 12 plus 30? 42', 'Which is largest: 3, 9, 4? 9', 'Ada lives in Paris. Where does Ada live? Paris']
+SENTENCES = ['What is 12 plus 30? 42', 'Which is largest: 3, 9, 4? 9',
+             'Ada lives in Paris. Where does Ada live? Paris']
 
 def tiny_tokenizer(template=CHATML,     # Chat template, None for none
-                   eos='<|im_end|>',    # Special tokens: one of <|endoftext|> <|im_start|> <|im_end|> <|pad|> <s>,
-                   pad='<|pad|>',       # or None
-                   bos=None,
+                   eos='<|im_end|>',    # End of an answer; one of <|endoftext|> <|im_start|> <|im_end|> <|pad|> <s>
+                   pad='<|pad|>',       # Padding, one of these
+                   bos=None,            # Beginning of a text, one of these
                    texts=SENTENCES):    # What its pieces are learned from
     "A byte-level BPE of at most 320 pieces as transformers takes it, with a chat template"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
