@@ -138,6 +138,14 @@ def documents(self:Input):
                 yield dict(id=b.column(0)[i].as_py(), text=b.column(1)[i].as_py(), source=self.name)
             at += len(b)
 
+# %% ../nbs/25_corpus.ipynb #1809cadc
+def _mark_all(inputs, near, path):
+    "Mark the duplicates in each input; returns samples of the pairs"
+    files = [f for i in inputs for f in i.files]
+    found, at = saved_duplicates(files, near, path), 0
+    for i in inputs: at += i.mark(found['exact'][at:], found['close'][at:])
+    return _pair_samples(files, found)
+
 # %% ../nbs/25_corpus.ipynb #29e306c4
 def write_shards(docs,    # Iterable of dict(id, text, source)
                  folder,  # To write to
@@ -283,13 +291,6 @@ def prepare(sources,          # File, folder, declared name, a list of these, {n
     with disk_errors(out): atomic_write(out/'manifest.json', to_json(m, indent=1))
     drop_stale(out, {f'shards-{whole}', f'duplicates-{found}.npz', *(f'clean-{key}' for key in keys)})
     return Prepared(out, m, True)
-
-def _mark_all(inputs, near, path):
-    "Mark the duplicates in each input; returns samples of the pairs"
-    files = [f for i in inputs for f in i.files]
-    found, at = saved_duplicates(files, near, path), 0
-    for i in inputs: at += i.mark(found['exact'][at:], found['close'][at:])
-    return _pair_samples(files, found)
 
 # %% ../nbs/25_corpus.ipynb #c83c2e66
 def checked_manifest(folder):   # Of a corpus
