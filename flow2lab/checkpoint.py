@@ -130,7 +130,9 @@ class Checkpoints:
 
 # %% ../nbs/47_checkpoint.ipynb #93690f87
 @patch
-def save_model(self:Checkpoints, output_dir=None, _internal_call=False):
+def save_model(self:Checkpoints,
+               output_dir=None, # Folder to write
+               _internal_call=False):
     "For a checkpoint: what is trained, the state of the method's schedule, and the curve"
     from safetensors.torch import save_file
     if self.sharded: return super(Checkpoints, self).save_model(output_dir, _internal_call)

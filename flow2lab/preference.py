@@ -136,7 +136,10 @@ def refer(self:PairLoop,
 
 # %% ../nbs/49_preference.ipynb #c7ae5627
 @patch
-def compute_loss(self:PairLoop, model, inputs, return_outputs=False, num_items_in_batch=None):
+def compute_loss(self:PairLoop, model,
+                 inputs, # A micro-batch: chosen answers, then rejected ones
+                 return_outputs=False,
+                 num_items_in_batch=None): # Pairs in the whole step
     "TRL's mean over the pairs of a micro-batch, as its share of the whole step"
     k = len(inputs['input_ids'])//2
     if model.training: self.micro.append(k)

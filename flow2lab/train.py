@@ -259,7 +259,9 @@ class Trainer(Checkpoints, transformers.Trainer):
 
 # %% ../nbs/48_train.ipynb #bfc15c33
 @patch
-def training_step(self:Trainer, model, inputs, num_items_in_batch=None):
+def training_step(self:Trainer, model,
+                  inputs, # A step: `micro`, its micro-batches, and `labels`, their number
+                  num_items_in_batch=None):
     "The gradient of one optimizer step, micro-batch by micro-batch; returns its loss"
     if not model.training: model.train()          # a walk over all modules, so only when needed
     total, last = 0., len(inputs['micro'])
@@ -327,7 +329,9 @@ def extra_logs(self:Trainer):
 
 # %% ../nbs/48_train.ipynb #8c89f569
 @patch
-def log(self:Trainer, logs, start_time=None):
+def log(self:Trainer,
+        logs, # Of Trainer: loss, learning_rate, grad_norm
+        start_time=None):
     "The line of the curve for the step that is done"
     if 'grad_norm' not in logs: return
     step = self.state.global_step
