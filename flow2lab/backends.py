@@ -74,7 +74,7 @@ def loglikelihood(self:Sequential,
     return out
 
 # %% ../nbs/555_backends.ipynb #7eef0e7d
-def as_tensor(x):
+def as_tensor(x):    # Array or list
     "An array as a torch tensor"
     import torch
     return torch.from_numpy(np.ascontiguousarray(x))

@@ -21,7 +21,7 @@ from .hf import hf
 from .evaluate import memory_metrics
 
 # %% ../nbs/560_bench.ipynb #6f52b1c2
-def touch(model):
+def touch(model):    # A transformers model
     "Read one byte in each page of the model's weights and buffers; the bytes that they span"
     import torch
     spans = {}
@@ -88,13 +88,13 @@ def speed_metrics(times,           # What `answer_times` gave, several times
     return out
 
 # %% ../nbs/560_bench.ipynb #f997ef03
-def bench(model,            # Shipped name, folder, GGUF file or hub id; or a model in memory
-          tok=None,         # Its tokenizer, if it is in memory
+def bench(model,               # Shipped name, folder, GGUF file or hub id; or a model in memory
+          tok=None,            # Its tokenizer, if it is in memory
           prompt:int=BENCH['prompt'],           # Tokens to read
           new_tokens:int=BENCH['new_tokens'],   # Tokens to write
           repeats:int=BENCH['repeats'],         # Times; the median counts
           dtype:str='auto',                     # Of a model by name: fp32, bf16, fp16 or auto
-          device:str='auto'):                   # Of a model by name: cpu, cuda, or auto
+          device:str='auto'):  # Of a model by name: cpu, cuda, or auto
     "Size, prefill and decode speed, peak memory, and for a model by name the load time, each with unit and " \
     "direction. `UserError` for numbers below 1, or beyond the model's context"
     for k,v in dict(prompt=prompt, new_tokens=new_tokens, repeats=repeats).items():

@@ -56,7 +56,9 @@ def chat_turn(be, engine,       # A backend and its engine
         return text, 'stopped'
 
 # %% ../nbs/815_chat.ipynb #f06bc85e
-def check_sampling(temperature, top_p, max_tokens):
+def check_sampling(temperature,     # 0 for the likeliest answer
+                   top_p,           # Share of probability to draw from
+                   max_tokens):     # Of an answer
     "Raise `UserError` for a setting that is out of range"
     for option,ok,v,want in (('temperature', temperature>=0, temperature, '0 or more'),
                              ('top-p', 0<top_p<=1, top_p, 'above 0 and at most 1'),

@@ -87,12 +87,12 @@ def gram_index(asked,    # Normalized questions
     return index
 
 # %% ../nbs/150_contamination.ipynb #a476bf41
-def contamination(train_rows,        # Rows of a task, or canonical rows
-                  test_rows,         # The same, each with an `id`
-                  train_task=None,   # Task classes, to know what a row asks
-                  test_task=None,
-                  n=13,              # Words in a row that both must have
-                  least=8):          # Words of the shortest question that is looked for inside rows
+def contamination(train_rows,       # Rows of a task, or canonical rows
+                  test_rows,        # The same, each with an `id`
+                  train_task=None,  # Task classes, to know what a row asks
+                  test_task=None,   # Class of the task that is asked
+                  n=13,             # Words in a row that both must have
+                  least=8):         # Words of the shortest question that is looked for inside rows
     "Ids of test rows found in training: exact (same question), overlap (n words), flagged (either); counts"
     asked = [asked_by(r, test_task) for r in test_rows]
     copies = {asked_by(r, train_task) for r in train_rows}

@@ -90,7 +90,7 @@ def find_duplicates(files,  # Cleaned chunks, in order
 
 # %% ../nbs/230_corpus.ipynb #0e2010ff
 def saved_duplicates(files,  # As for `find_duplicates`
-                     near,
+                     near,   # Similarity from which documents count as near-duplicates
                      path):  # File of the answer; if it is there, nothing is searched
     "What `find_duplicates` found, as a dict of arrays: exact, close, pairs, alike"
     if not path.exists():

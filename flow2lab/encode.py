@@ -93,10 +93,9 @@ def encode_chat(messages, # `dict(role, content)` each, in turn
     return ids, labels
 
 # %% ../nbs/420_encode.ipynb #e286a1f3
-def encode_row(# `dict(messages, answer)`, `dict(messages)` ending with the assistant, or `dict(text)`
-               row,
-               tok,              # Tokenizer
-               loss_on='answer'):# `answer`, or `all` to learn the prompt too
+def encode_row(row,                # Messages, with `answer` or ending with the assistant's; or a text
+               tok,                # Tokenizer
+               loss_on='answer'):  # `answer`, or `all` to learn the prompt too
     "`(input_ids, labels)` of one row, as long as each other; what is not learned is labelled -100"
     if 'text' in row: ids, labels = encode_text(row, tok)
     else:

@@ -62,7 +62,8 @@ def perplexity(be,             # A backend
                 nats=nats, tokens=tokens, bytes=size)
 
 # %% ../nbs/545_evaluate.ipynb #1f03eed4
-def ask_choice(be, t,
+def ask_choice(be,       # A backend
+               t,        # Task class
                prompts,  # What `t.render` gave for each row
                done):    # Called after each batch with its items and its seconds
     "The likeliest option of each prompt, by its log-likelihood: (places, options, cut off, None)"
@@ -72,7 +73,8 @@ def ask_choice(be, t,
     return best, shown, [ss[0].truncated for ss in scores], None
 
 # %% ../nbs/545_evaluate.ipynb #34e39223
-def ask_generate(be, t,
+def ask_generate(be,       # A backend
+                 t,        # Task class
                  prompts,  # As for `ask_choice`
                  done):    # As for `ask_choice`
     "What the model writes, decoded greedily: (texts, texts, cut off, tokens written)"
@@ -81,7 +83,8 @@ def ask_generate(be, t,
     return said, said, [a.truncated for a in answers], sum(len(a.ids) for a in answers)
 
 # %% ../nbs/545_evaluate.ipynb #f26b1ca4
-def ask_loglikelihood(be, t,
+def ask_loglikelihood(be,       # A backend
+                      t,        # Task class
                       prompts,  # As for `ask_choice`, with `text` and perhaps `window` and `stride`
                       done):    # As for `ask_choice`, with the windows still to come in `left`
     "How well the texts are predicted: (dict(nll, tokens) of each, the same as JSON, not cut off, None)"
@@ -239,7 +242,8 @@ def nll_of_rows(be,    # Backend `hf`
     return np.stack(nll)
 
 # %% ../nbs/545_evaluate.ipynb #ee9e26e4
-def nll_by_position(model, tok,
+def nll_by_position(model,            # A transformers model
+                    tok,              # Tokenizer
                     text:str,         # At least `window` tokens long
                     window:int=1024,  # Tokens read at once
                     windows:int=4,    # How many, side by side from the start of `text`

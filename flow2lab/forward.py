@@ -18,7 +18,7 @@ from .prefixes import fork, new_cache, shared_prefix, Tree
 from .prompts import context_length, end_ids
 
 # %% ../nbs/535_forward.ipynb #522b25a0
-def naive_logprobs(model,
+def naive_logprobs(model,          # A transformers model
                    prompt,         # Token ids
                    continuation):  # Token ids
     "Log-likelihoods in nats of the tokens of `continuation` after `prompt`, from one forward pass"
@@ -27,7 +27,7 @@ def naive_logprobs(model,
     return [lp[len(prompt)-1+i, t].item() for i,t in enumerate(continuation)]
 
 # %% ../nbs/535_forward.ipynb #6a871ed7
-def naive_greedy(model,
+def naive_greedy(model,    # A transformers model
                  prompt,   # Token ids
                  n:int,    # Tokens to write at most
                  end=()):  # Token ids that end the answer
@@ -86,7 +86,7 @@ def tensor(self:Forward, x):
     return torch.as_tensor(x, device=self.model.device)
 
 # %% ../nbs/535_forward.ipynb #23a6dc53
-def sliding_window(model):
+def sliding_window(model):    # A transformers model
     "Tokens that a layer looks back at most; infinite when every layer sees all"
     c = text_config(model.config)
     window = getattr(c, 'sliding_window', None)

@@ -104,7 +104,7 @@ class Answers:
         return left
 
 # %% ../nbs/540_hf.ipynb #4a907553
-def pad_left(seqs):
+def pad_left(seqs):    # Lists of token ids
     "Token ids of each sequence as two arrays (b, l): the ids padded with 0, and where they are real"
     l = max(map(len, seqs))
     ids, real = np.zeros((len(seqs), l), int), np.zeros((len(seqs), l), bool)

@@ -49,7 +49,9 @@ def facts(rng,    # `random.Random`
     return out
 
 # %% ../nbs/155_nano.ipynb #0537e7c4
-def statement(name, relation, value):
+def statement(name,         # Of a person
+              relation,     # Of FACTS
+              value):       # What is true of the person
     "A fact as a sentence"
     return FACTS[relation][0].format(n=name, v=value)
 
@@ -59,21 +61,22 @@ def statements(facts):  # [(name, relation, value)]
     return ' '.join(statement(*f) for f in facts)
 
 # %% ../nbs/155_nano.ipynb #b8958a6b
-def question_about(name, relation):
+def question_about(name,         # Of a person
+                   relation):    # Of FACTS
     "The question that a fact answers"
     return FACTS[relation][1].format(n=name)
 
 # %% ../nbs/155_nano.ipynb #bed844b0
-def missing(rng,   # `random.Random`
-            facts): # [(name, relation, value)]
+def missing(rng,     # `random.Random`
+            facts):  # [(name, relation, value)]
     "A question about somebody in `facts` that they do not answer"
     name = rng.choice(facts)[0]
     known = [relation for n,relation,_ in facts if n==name]
     return question_about(name, rng.choice([r for r in FACTS if r not in known]))
 
 # %% ../nbs/155_nano.ipynb #c2f70d45
-def sum_of(rng,        # `random.Random`
-           easy=False): # Numbers up to 20 instead of 99
+def sum_of(rng,          # `random.Random`
+           easy=False):  # Numbers up to 20 instead of 99
     "(a, b, sign, result) of a sum or a difference"
     most = 20 if easy else 99
     a, b = rng.randint(1, most), rng.randint(1, most)
@@ -217,7 +220,8 @@ class nano_needle(Generated, Task):
         return {'accuracy': right, f'accuracy_{row["length"]}': right}
 
 # %% ../nbs/155_nano.ipynb #3c7eeec3
-def sums_doc(rng, progress):
+def sums_doc(rng,          # Source of random numbers
+             progress):    # Part of the curriculum done, 0 to 1
     "A few sums, one after the other"
     out = []
     for _ in range(rng.randint(3, 8)):
@@ -226,7 +230,8 @@ def sums_doc(rng, progress):
     return dict(text=' '.join(out))
 
 # %% ../nbs/155_nano.ipynb #d58bfb3f
-def order_doc(rng, progress):
+def order_doc(rng,          # Source of random numbers
+              progress):    # Part of the curriculum done, 0 to 1
     "A few rows of numbers, each with its largest, smallest, even or odd one"
     out = []
     for _ in range(rng.randint(2, 4)):
@@ -237,7 +242,8 @@ def order_doc(rng, progress):
     return dict(text=' '.join(out))
 
 # %% ../nbs/155_nano.ipynb #57f8cf67
-def facts_doc(rng, progress):
+def facts_doc(rng,          # Source of random numbers
+              progress):    # Part of the curriculum done, 0 to 1
     "`given` facts and the `text` that follows: a question about each, and sometimes one they do not answer"
     known = facts(rng, 1 + (rng.random() < min(.6, 1.5*progress)), rng.randint(1, 3))
     qa = [f'{question_about(n, r)} {v}.' for n,r,v in rng.sample(known, len(known))]
@@ -245,13 +251,15 @@ def facts_doc(rng, progress):
     return dict(given=statements(known), text=' '+' '.join(qa))
 
 # %% ../nbs/155_nano.ipynb #efdd9eb6
-def question_doc(rng, progress):
+def question_doc(rng,          # Source of random numbers
+                 progress):    # Part of the curriculum done, 0 to 1
     "A row of nano_qa, as a conversation"
     shown = nano_qa.render(dict(nano_qa.make(rng), id=''))
     return {k: shown[k] for k in ('messages', 'answer')}
 
 # %% ../nbs/155_nano.ipynb #74604cd3
-def chat_doc(rng, progress):
+def chat_doc(rng,          # Source of random numbers
+             progress):    # Part of the curriculum done, 0 to 1
     "A row of nano_choice or nano_qa, or an easy sum, as a conversation"
     kind = rng.random()
     if kind<.8:
@@ -262,7 +270,8 @@ def chat_doc(rng, progress):
     return dict(messages=[dict(role='user', content=f'Calculate {a} {sign} {b}.')], answer=str(result))
 
 # %% ../nbs/155_nano.ipynb #337105a6
-def tale_doc(rng, progress):
+def tale_doc(rng,          # Source of random numbers
+             progress):    # Part of the curriculum done, 0 to 1
     "A sum as a tale: somebody had things, found or sold some, and has the rest now"
     a, b, sign, result = sum_of(rng, easy=rng.random()<.5)
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
@@ -271,7 +280,8 @@ def tale_doc(rng, progress):
     return dict(text=f'{tale} Now {name} has {a} {sign} {b} = {result} {thing}.')
 
 # %% ../nbs/155_nano.ipynb #d6e32eb6
-def chat_tale_doc(rng, progress):
+def chat_tale_doc(rng,          # Source of random numbers
+                  progress):    # Part of the curriculum done, 0 to 1
     "The same as a conversation, often with facts around it"
     tale, now = tale_doc(rng, progress)['text'].split('. ')
     around = statements(facts(rng, 1, rng.randint(1, 2)))

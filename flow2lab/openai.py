@@ -35,7 +35,9 @@ class Refused(Exception):
 Field = namedtuple('Field', 'ok want')
 Field.__doc__ = "A field of a request: whether a value is right, as a function, and what it must be, in words"
 
-def number(low, high, above=False):
+def number(low,           # Least value
+           high,          # Largest value
+           above=False):  # Leave the lower end out?
     "A test for numbers from `low` (or above it) to `high`"
     def ok(v): return type(v) in (int, float) and (low<v if above else low<=v) and v<=high
     return ok
@@ -47,42 +49,60 @@ def only(*values):
     return ok
 
 # %% ../nbs/805_openai.ipynb #5981dd96
-def is_count(v): return type(v) is int and v>=1
-def is_text(v): return isinstance(v, str)
-def is_whole(v): return type(v) is int
-def is_switch(v): return type(v) is bool
-def is_object(v): return isinstance(v, dict)
+def is_count(v):    # Value of a field, as the request has it
+    "Is `v` a whole number of 1 or more?"
+    return type(v) is int and v>=1
+
+def is_text(v):    # Value of a field, as the request has it
+    "Is `v` a text?"
+    return isinstance(v, str)
+
+def is_whole(v):    # Value of a field, as the request has it
+    "Is `v` a whole number?"
+    return type(v) is int
+
+def is_switch(v):    # Value of a field, as the request has it
+    "Is `v` true or false?"
+    return type(v) is bool
+
+def is_object(v):    # Value of a field, as the request has it
+    "Is `v` an object?"
+    return isinstance(v, dict)
 
 # %% ../nbs/805_openai.ipynb #cef17bdc
-def is_stop(v):
+def is_stop(v):    # Value of a field, as the request has it
     "One text, or up to four, none of them empty"
     if isinstance(v, str): return v!=''
     return isinstance(v, list) and 0<len(v)<=4 and all(isinstance(s, str) and s for s in v)
 
 # %% ../nbs/805_openai.ipynb #12f331d0
-def is_prompt(v):
+def is_prompt(v):    # Value of a field, as the request has it
     "One text, or one list of token ids"
     if isinstance(v, str): return True
     if not isinstance(v, list) or v==[]: return False
     return (len(v)==1 and isinstance(v[0], str)) or all(type(t) is int and t>=0 for t in v)
 
 # %% ../nbs/805_openai.ipynb #8ecd9fc4
-def is_stream_options(v):
+def is_stream_options(v):    # Value of a field, as the request has it
     "An object with switches that are known"
     known = {'include_usage', 'include_obfuscation'}
     return is_object(v) and set(v) <= known and all(map(is_switch, v.values()))
 
 # %% ../nbs/805_openai.ipynb #240d824d
-def is_message(m):
+def is_message(m):    # A message, as the request has it
     "{role, content} with a role that is known, and text as content"
     if not is_object(m) or not set(m) <= {'role', 'content', 'name', 'refusal'}: return False
     if m.get('role') not in ('system', 'developer', 'user', 'assistant'): return False
     content = m.get('content')
     return isinstance(content, str) or isinstance(content, list) and all(map(is_part, content))
 
-def is_part(p): return is_object(p) and p.get('type')=='text' and isinstance(p.get('text'), str)
+def is_part(p):    # A part of a content, as the request has it
+    "Is `p` a part of type text?"
+    return is_object(p) and p.get('type')=='text' and isinstance(p.get('text'), str)
 
-def is_talk(v): return isinstance(v, list) and v!=[] and all(map(is_message, v))
+def is_talk(v):    # Value of a field, as the request has it
+    "Is `v` a list of messages?"
+    return isinstance(v, list) and v!=[] and all(map(is_message, v))
 
 # %% ../nbs/805_openai.ipynb #a9a14d0d
 SHARED = dict(

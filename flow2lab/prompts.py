@@ -15,14 +15,15 @@ from .costs import text_config
 from .encode import one_bos, prompt_text, token_ids
 
 # %% ../nbs/530_prompts.ipynb #22d04ff3
-def text_ids(tok, text):
+def text_ids(tok,      # Tokenizer
+             text):
     "Token ids of `text`, with exactly one BOS where the tokenizer or the text has one, and no EOS"
     ids = token_ids(tok, text)
     return one_bos(tok, ids, ids)[0]
 
 # %% ../nbs/530_prompts.ipynb #048a9367
-def prompt_ids(tok,
-               prompt):   # A text, messages ({role, content}), or token ids
+def prompt_ids(tok,      # Tokenizer
+               prompt):  # A text, messages ({role, content}), or token ids
     "Token ids of `prompt`, at least one: an empty text becomes the tokenizer's BOS, EOS or pad token"
     if not isinstance(prompt, str):
         if all(isinstance(t, int) for t in prompt): return list(prompt)
@@ -31,7 +32,7 @@ def prompt_ids(tok,
     return text_ids(tok, prompt) or [next(t for t in starts if t is not None)]
 
 # %% ../nbs/530_prompts.ipynb #79f564b7
-def pair_ids(tok,
+def pair_ids(tok,             # Tokenizer
              prompt,          # As for `prompt_ids`
              continuations):  # Texts, or token ids
     "(ids of `prompt`, [ids of each continuation]). Raises `UserError` for one without tokens"
@@ -46,7 +47,8 @@ def pair_ids(tok,
     return prompt_ids(tok, prompt), [list(i) for i in ids]
 
 # %% ../nbs/530_prompts.ipynb #7e5dfc52
-def context_length(model, tok):
+def context_length(model,     # A transformers model
+                   tok):      # Tokenizer
     "The longest sequence in tokens, prompt and answer, that `model` was made for"
     names = 'max_position_embeddings', 'n_positions', 'seq_length'
     known = [getattr(text_config(model.config), k, None) for k in names]
@@ -83,8 +85,8 @@ def fit_answer(ids,         # Token ids of the prompt
 # %% ../nbs/530_prompts.ipynb #ad642572
 ENDS = '<|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> <end_of_turn> <eos> </s>'.split()
 
-def end_ids(model,   # Its `generation_config`, if it has one, names end tokens
-            tok):
+def end_ids(model,  # Its `generation_config`, if it has one, names end tokens
+            tok):   # Tokenizer
     "Set of the token ids that end an answer: by the model, the tokenizer or a known chat format"
     named = getattr(getattr(model, 'generation_config', None), 'eos_token_id', None)
     named = named if isinstance(named, (list, tuple)) else [named]
@@ -92,7 +94,7 @@ def end_ids(model,   # Its `generation_config`, if it has one, names end tokens
     return {*named, tok.eos_token_id, *(added[t] for t in ENDS if t in added)} - {None}
 
 # %% ../nbs/530_prompts.ipynb #6faab8ed
-def reached_stop(tok,
+def reached_stop(tok,    # Tokenizer
                  ids,    # Token ids of an answer so far
                  stop):  # Strings that end it
     "Whether the end of `ids` holds a stop string"
@@ -111,7 +113,7 @@ Generation.__doc__ = ("An answer: its text up to a stop string, its token ids, "
                       "whether it or its prompt was cut off")
 
 # %% ../nbs/530_prompts.ipynb #77b72046
-def to_generation(tok,
+def to_generation(tok,        # Tokenizer
                   ids,        # Token ids that were written, without the end token
                   limit:int,  # Tokens that it was allowed
                   stop,       # Strings that end it and are no part of it

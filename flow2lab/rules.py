@@ -85,7 +85,7 @@ def _mended(text):
     return text.replace('\u2028', '\n').replace('\u2029', '\n')
 
 @rule
-def encoding(d):
+def encoding(d):    # A `Doc`
     "Mend text decoded twice (mojibake), line ends and invisible characters; " \
     "remove what is over 1% replacement characters"
     text = d.text.replace('\r\n', '\n').replace('\r', '\n') if '\r' in d.text else d.text
@@ -104,7 +104,7 @@ def _book(text):
     return '' if text.lower().count('project gutenberg')>2 else text
 
 @rule
-def boilerplate(d):
+def boilerplate(d):    # A `Doc`
     "Take out lines about cookies, policies and JavaScript and Gutenberg's licence; " \
     "remove documents with lorem ipsum (C4)"
     if 'lorem ipsum' in d.lower: return ''
@@ -125,7 +125,7 @@ def length(d, words=(50, 100_000),      # Fewest and most
 
 # %% ../nbs/210_rules.ipynb #c69a2c98
 @rule
-def symbols(d):
+def symbols(d):    # A `Doc`
     "Many # or …, mostly bullets, lines cut off by an ellipsis, or words without letters (Gopher)"
     text, n, lines = d.text, len(d.words), d.lines
     if text.count('#')>.1*n or text.count('...')+text.count('…')>.1*n: return ''

@@ -38,7 +38,7 @@ def naive_scan(x,           # (b, l, d) input
 
 # %% ../nbs/330_scan.ipynb #6ea4190a
 def random_scan(b=2, l=37, d=10, n=4,  # Sizes, see the glossary
-                dtype=torch.float32,
+                dtype=torch.float32,   # torch dtype
                 seed=0,                # Of the random numbers
                 state=True,            # With a first state
                 resets=True):          # With a new document at a tenth of the tokens
@@ -313,11 +313,11 @@ def naive_ssd(x,          # (b, l, h, p) input
     return torch.stack(ys, 2) + (0 if D is None else x*D[:,None]), torch.stack(hs, 1)
 
 # %% ../nbs/330_scan.ipynb #182ca4d6
-def random_ssd(b=2, l=37, h=4, p=3, g=2, n=5, # Sizes, see the glossary
-               dtype=torch.float32,
-               seed=0,                        # Of the random numbers
-               state=True,                    # With a first state and D
-               resets=True):                  # With a new document at a tenth of the tokens
+def random_ssd(b=2, l=37, h=4, p=3, g=2, n=5,  # Sizes, see the glossary
+               dtype=torch.float32,            # torch dtype
+               seed=0,                         # Of the random numbers
+               state=True,                     # With a first state and D
+               resets=True):                   # With a new document at a tenth of the tokens
     "({argument: tensor that requires a gradient} of `ssd`, reset or None)"
     k = torch.Generator().manual_seed(seed)
     def draw(*shape): return torch.randn(*shape, generator=k, dtype=dtype)
@@ -399,9 +399,9 @@ def _products(x, dt, A, B, C, h0, reset, # As for `naive_ssd`, all given but res
 
 # %% ../nbs/330_scan.ipynb #8fcf8106
 @patch
-def ssd(self:TorchScan, x, dt, A, B, C, h0, reset, # As for the function `ssd`, all given but reset
-        D,        # (h) or None
-        chunk=64): # Tokens to a chunk
+def ssd(self:TorchScan, x, dt, A, B, C, h0, reset,  # As for the function `ssd`, all given but reset
+        D,                                          # (h) or None
+        chunk=64):                                  # Tokens to a chunk
     "Mamba-2's scan → y (b, l, h, p), last state (b, h, p, n), with gradients"
     y, h = _products(x, dt, A, B, C, h0, reset, min(chunk, x.shape[1]))
     return y if D is None else y + x*D[:,None], h
@@ -545,9 +545,9 @@ def random_conv(b=2, l=37, d=20, k=4,  # Sizes
     return dict(x=wide[:,:,3:3+d].requires_grad_(), w=w.requires_grad_(), bias=bias[::2].requires_grad_()), reset
 
 # %% ../nbs/330_scan.ipynb #503c3140
-def random_norm(*shape,              # (..., d)
-                dtype=torch.float32,
-                seed=0):             # Of the random numbers
+def random_norm(*shape,               # (..., d)
+                dtype=torch.float32,  # torch dtype
+                seed=0):              # Of the random numbers
     "{argument: tensor that requires a gradient} of `gated_norm`"
     g, d = torch.Generator().manual_seed(seed), shape[-1]
     def draw(*s): return torch.randn(*s, generator=g, dtype=dtype)

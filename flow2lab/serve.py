@@ -22,7 +22,7 @@ from .engine import Engine, Full, Job
 from .openai import Answer, check_fields, Refused, sse
 
 # %% ../nbs/810_serve.ipynb #c8434e4b
-async def reply(send,
+async def reply(send,         # ASGI function
                 status:int,   # As in HTTP
                 body,         # A dict
                 headers=()):  # To send besides
@@ -173,7 +173,8 @@ async def events_of(job):
 
 # %% ../nbs/810_serve.ipynb #f5697cf3
 @contextlib.asynccontextmanager
-async def watched(job, receive,
+async def watched(job,
+                  receive,            # ASGI function
                   drop):  # Called with `job` when nobody waits for it any more
     "A block after which `job` is dropped, at the latest; its client leaving is an event (gone, None)"
     async def watch():
@@ -187,7 +188,7 @@ async def watched(job, receive,
         drop(job)
 
 # %% ../nbs/810_serve.ipynb #949dfd9c
-async def send_whole(answer,   # An `Answer`
+async def send_whole(answer,                # An `Answer`
                      drop, receive, send):  # As for `watched`, and of ASGI
     "Send an answer at once. Raises `Refused` for a job that failed"
     text = []
@@ -358,7 +359,7 @@ def make_app(server):   # A `Server`
     return app
 
 # %% ../nbs/810_serve.ipynb #89d35724
-def add_errors(app):
+def add_errors(app):    # FastAPI application
     "Let a FastAPI application answer refusals, and routes that are not there, in OpenAI's form"
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException

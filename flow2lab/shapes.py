@@ -111,7 +111,7 @@ def _prompt_of(row):
     return with_system(row, turns_of(asked, key, 'user'))
 
 @shape
-def preference(r):
+def preference(r):    # Row; the fields that it uses are popped
     "chosen, rejected, and prompt or conversations: two answers to the same prompt, the first one better"
     if not has(r, 'chosen', 'rejected'): return
     good = turns_of(r.pop('chosen'), 'chosen', 'assistant')
@@ -132,20 +132,20 @@ def dialogue(row,   # From which the field is popped
 
 # %% ../nbs/120_shapes.ipynb #36dc170a
 @shape
-def kto(r):
+def kto(r):    # Row; the fields that it uses are popped
     "messages (or prompt and completion), label: a conversation, and whether its answer is good (kept)"
     if not isinstance(r.get('label'), bool): return
     return dialogue(r, 'messages') if 'messages' in r else prompt_completion(r)
 
 # %% ../nbs/120_shapes.ipynb #f642466e
 @shape
-def chat(r):
+def chat(r):    # Row; the fields that it uses are popped
     "messages: a list of {role, content}, the form of OpenAI and TRL"
     if 'messages' in r: return dialogue(r, 'messages')
 
 # %% ../nbs/120_shapes.ipynb #fa459579
 @shape
-def sharegpt(r):
+def sharegpt(r):    # Row; the fields that it uses are popped
     "conversations: a list of {from, value}"
     if 'conversations' in r: return dialogue(r, 'conversations')
 
@@ -159,7 +159,7 @@ def earlier_turns(history):  # A list of [question, answer]
 
 # %% ../nbs/120_shapes.ipynb #b007c719
 @shape
-def alpaca(r):
+def alpaca(r):    # Row; the fields that it uses are popped
     "instruction, output (and input, system, history): the form of Alpaca"
     if not has(r, 'instruction', 'output'): return
     before = earlier_turns(r.pop('history', None) or [])
@@ -169,7 +169,7 @@ def alpaca(r):
 
 # %% ../nbs/120_shapes.ipynb #c95c12f5
 @shape
-def dolly(r):
+def dolly(r):    # Row; the fields that it uses are popped
     "instruction, response (and context): the form of Dolly"
     if not has(r, 'instruction', 'response'): return
     r['instruction'] = instruction_of(r, more='context')
@@ -177,19 +177,19 @@ def dolly(r):
 
 # %% ../nbs/120_shapes.ipynb #43d5e472
 @shape
-def gsm8k(r):
+def gsm8k(r):    # Row; the fields that it uses are popped
     "question, answer: the form of GSM8K"
     return pair(r, 'question', 'answer')
 
 # %% ../nbs/120_shapes.ipynb #6b6d1ac8
 @shape
-def prompt_response(r):
+def prompt_response(r):    # Row; the fields that it uses are popped
     "prompt, response"
     return pair(r, 'prompt', 'response')
 
 # %% ../nbs/120_shapes.ipynb #901ac141
 @shape
-def prompt_completion(r):
+def prompt_completion(r):    # Row; the fields that it uses are popped
     "prompt, completion: as text or as messages"
     if not has(r, 'prompt', 'completion'): return
     asked, answered = r.pop('prompt'), r.pop('completion')
@@ -197,19 +197,19 @@ def prompt_completion(r):
 
 # %% ../nbs/120_shapes.ipynb #4594ad0a
 @shape
-def input_output(r):
+def input_output(r):    # Row; the fields that it uses are popped
     "input, output"
     return pair(r, 'input', 'output')
 
 # %% ../nbs/120_shapes.ipynb #6e23dac4
 @shape
-def openmath(r):
+def openmath(r):    # Row; the fields that it uses are popped
     "problem, generated_solution: the form of OpenMathInstruct-2"
     return pair(r, 'problem', 'generated_solution')
 
 # %% ../nbs/120_shapes.ipynb #3bca4afe
 @shape
-def metamath(r):
+def metamath(r):    # Row; the fields that it uses are popped
     "query, response: the form of MetaMathQA"
     return pair(r, 'query', 'response')
 
@@ -220,7 +220,7 @@ HEADINGS = dict(System='system', User='user', Human='user', Instruction='user', 
 _mark = re.compile(r'^### ?(' + '|'.join(HEADINGS) + r')(?::[ \t]*|[ \t]*$)', re.M)
 
 @shape
-def marked(r):
+def marked(r):    # Row; the fields that it uses are popped
     "text with headings: ### User and ### Assistant, or ### Instruction, ### Input and ### Response"
     if not isinstance(r.get('text'), str): return
     before, *parts = _mark.split(r['text'])               # then heading, body, heading, body ...
@@ -241,7 +241,7 @@ def _marked_turns(before, roles, bodies):
 
 # %% ../nbs/120_shapes.ipynb #599c5558
 @shape
-def text(r):
+def text(r):    # Row; the fields that it uses are popped
     "text: plain text to continue"
     if 'text' in r: return dict(text=text_of(r.pop('text'), 'text'))
 

@@ -232,7 +232,7 @@ def output_path(spec):
     return project_path(setting('outputs'), f'{spec.name}--{spec.id}')
 
 # %% ../nbs/040_spec.ipynb #2c1cd734
-def method_args(spec):
+def method_args(spec):    # A Spec
     "The arguments of the Spec's method, complete, as `AttrDict`; `UserError` for a wrong one"
     return AttrDict(bound_args('method', method[spec.method], spec.method_args))
 
