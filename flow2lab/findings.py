@@ -131,8 +131,8 @@ def finding_line(f:dict):      # From `Finding.to_dict`, or of answer.json
 
 # %% ../nbs/730_findings.ipynb #504d0fb6
 def conclusion(findings):   # A list of `Finding`, or of their dicts from answer.json
-    """One sentence: how many findings are supported, refuted and undecided, each with its
-    difference and 95% interval"""
+    """One sentence: which findings are supported, refuted and undecided, with differences and 95%
+    intervals; of more than four findings the undecided are only counted"""
     fs = [f if isinstance(f, dict) else f.to_dict() for f in findings]
     if not fs: return 'No finding was put to the records.'
     def numbers(f):
@@ -143,9 +143,10 @@ def conclusion(findings):   # A list of `Finding`, or of their dicts from answer
     groups = []
     for verdict in 'supported', 'refuted', 'undecided':
         group = [f for f in fs if f['verdict']==verdict]
+        if not group: continue
         claims = '; '.join(f'{f["claim"]}: {numbers(f)}' for f in group)
-        if group:
-            groups.append(f'{len(group)} {"is" if len(group)==1 else "are"} {verdict} ({claims})')
+        named = f' ({claims})' if verdict!='undecided' or len(fs)<=4 else ''
+        groups.append(f'{len(group)} {"is" if len(group)==1 else "are"} {verdict}{named}')
     listed = groups[-1] if len(groups)==1 else ', '.join(groups[:-1]) + ' and ' + groups[-1]
     return f'Of {len(fs)} findings {listed}.'
 
