@@ -15,8 +15,8 @@ from .values import check_names, UserError
 from .axes import method
 from .names import quant_spec
 from .spec import base_folder, method_args, Spec
-from .layers import target_layers
-from .archs import family, preset
+from .layers import family, target_layers
+from .archs import preset
 from .load import locate
 
 # %% ../nbs/320_costs.ipynb #86168c94
