@@ -10,7 +10,7 @@ __all__ = ['why_not', 'check_combination']
 # %% ../nbs/515_combinations.ipynb #1764f3ef
 from fastcore.basics import AttrDict
 from .values import bound_args, UserError
-from .axes import method, quantizer
+from .axes import backend, method, quantizer
 from .spec import Spec
 
 # %% ../nbs/515_combinations.ipynb #a5008670
@@ -38,10 +38,12 @@ def check_combination(spec):    # A Spec
                         'use base_quant')
 
 def _check_backend(spec):
-    "Raise `UserError` for what only backend hf can do"
-    if spec.backend=='hf': return
+    "Raise `UserError` for what the backend of `spec` cannot do, as its entry says"
+    entry = backend[spec.backend]
     for kind, name in (('base_quant', spec.base_quant), ('quant', spec.quant)):
-        if name: raise UserError(f'{kind}={name}: runs in backend hf only, and this Spec says {spec.backend}')
-    if spec.bench: raise UserError(f'bench: measures backend hf only, and this Spec says {spec.backend}')
-    if spec.backend=='gguf' and (spec.task or isinstance(spec.base, Spec)):
-        raise UserError('backend gguf: runs GGUF files, and what is trained here is none; use hf or mlx')
+        if name and not getattr(entry, 'quantizes', False):
+            raise UserError(f'{kind}={name}: runs in backend hf only, and this Spec says {spec.backend}')
+    if spec.bench and not getattr(entry, 'benches', False):
+        raise UserError(f'bench: measures backend hf only, and this Spec says {spec.backend}')
+    if getattr(entry, 'files_only', False) and (spec.task or isinstance(spec.base, Spec)):
+        raise UserError(f'backend {spec.backend}: runs GGUF files, and what is trained here is none; use hf or mlx')

@@ -109,7 +109,7 @@ def _folder_files(folder):
 
 def source_files(name):   # File, folder, or declared name
     "The files of a path, or None for a declared source, which is on the hub; `UserError` if it is neither"
-    if name in source.entries: return None
+    if name in source: return None
     try: p = find_data(name)
     except UserError as e: raise UserError(f'{e} Declared sources: {", ".join(source)}.') from None
     return _folder_files(p) if p.is_dir() else [data_file(p)]
