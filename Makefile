@@ -10,7 +10,7 @@ JOBS      ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || sysctl -n hw.ncpu 
 # Random calls of `make sanitize`, and the seed of the first
 CALLS     ?= 2000
 SEED      ?= 0
-# Passed on to pytest, e.g. make test ARGS='-k 00_core'
+# Passed on to pytest, e.g. make test ARGS='-k 040_spec'
 ARGS      ?=
 
 BIN := .venv/bin

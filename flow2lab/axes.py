@@ -23,8 +23,9 @@ class Axis:
     def __init__(self,
                  name,            # What its entries are, such as "method"
                  *modules,        # Modules of the package whose import files its entries
-                 homes=None):     # {entry: module} of entries that are listed before their module is imported
-        self.name, self.modules = name, modules
+                 homes=None,      # {entry: module} of entries that are listed before their module is imported
+                 needs=()):       # Attributes that every entry must be given
+        self.name, self.modules, self.needs = name, modules, needs
         self.homes = homes or {}
         self.entries = {}         # {name: definition}, as far as imported
         self.plugins = {}         # {name: Plugin} of entries that a plugin added
@@ -65,6 +66,8 @@ def add(self:Axis,
     taken = name in self.homes or _of_package(self.entries.get(name))
     if plugin and (taken or theirs not in (None, plugin)): raise _twin(self, name, f, plugin)
     if _of_package(f) and theirs: raise _twin(self, name, f, theirs)
+    lacks = [n for n in self.needs if not hasattr(f, n)]
+    if lacks: raise UserError(f'{self.name} "{name}" has no {lacks[0]}. Give it one: @{self.name}({lacks[0]}=..., ...).')
     if plugin: self.plugins[name] = plugin
     if not (plugin and _interactive(self.entries.get(name))): self.entries[name] = f
     return f
@@ -143,7 +146,7 @@ task = Axis('task', 'flow2lab.datasets', 'flow2lab.nano', 'flow2lab.plaintext', 
 arch = Axis('arch', 'flow2lab.archs')
 
 # %% ../nbs/020_axes.ipynb #9b92e146
-method = Axis('method', 'flow2lab.methods')
+method = Axis('method', 'flow2lab.methods', needs=('count', 'checks'))
 
 # %% ../nbs/020_axes.ipynb #7dd3e055
 quantizer = Axis('quantizer', 'flow2lab.quantize')

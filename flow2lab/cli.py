@@ -133,6 +133,15 @@ def completed(f):   # A command
     module, name = library.split('.')
     return delegates(getattr(import_module(f'flow2lab.{module}'), name), but=leave)(f)
 
+# %% ../nbs/900_cli.ipynb #96dfd2d6
+def _certified(c):
+    "A line that says what the certificate of a training found; none where nothing was trained"
+    if not c: return []
+    usual = ('method', 'trainable', 'layers', 'moved', 'of', 'frozen')
+    more = ''.join(f', {k} {v}' for k,v in c.items() if k not in usual)
+    return [f'certified: {c["method"]}, {c["trainable"]:,} parameters trained on {c["layers"]} layers, '
+            f'{c["moved"]} of {c["of"]} tensors moved, {c["frozen"]} frozen ones unchanged{more}']
+
 # %% ../nbs/900_cli.ipynb #85e49880
 def run_and_record(s,             # A Spec
                    study,         # Folder below data/results
@@ -144,7 +153,8 @@ def run_and_record(s,             # A Spec
     r = sweep([s], study, force=force)[0]
     if r.status not in DONE: raise UserError(f'{s.name}: {r.status}. {r.message}')
     m = json.loads((Path(r.folder)/'metrics.json').read_text())
-    return Result(m, f'{m["name"]}  {m["status"]}  {relative(r.folder)}\n{metrics_text(m["metrics"])}')
+    lines = [f'{m["name"]}  {m["status"]}  {relative(r.folder)}', *_certified(m['certificate']), metrics_text(m['metrics'])]
+    return Result(m, '\n'.join(lines))
 
 # %% ../nbs/900_cli.ipynb #25b3d6fe
 @command

@@ -10,7 +10,8 @@ __all__ = ['PACKAGES', 'notes', 'versions', 'git_commit', 'cpu_name', 'hardware'
 # %% ../nbs/050_provenance.ipynb #4c62cfea
 import contextlib, os, platform, subprocess, sys, time
 from importlib import metadata
-from .files import project_root
+from .files import project_root, relative
+from .axes import loaded
 
 # %% ../nbs/050_provenance.ipynb #8ec0bc44
 PACKAGES = ('flow2lab torch transformers peft accelerate bitsandbytes torchao datasets tokenizers numpy pandas '
@@ -57,7 +58,9 @@ def hardware():
 notes = {}    # {what: choice}, filled by other modules
 
 def provenance(seed=None):   # Of the run
-    "What produced a number, as a dict: versions, commit, hardware, seed and the time it began"
-    return dict(python=platform.python_version(), os=platform.platform(terse=True), versions=versions(),
-                commit=git_commit(), hardware=hardware(), seed=seed,
-                started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **notes)
+    "What produced a number, as a dict: versions, commit, hardware, plugins, seed and the time it began"
+    out = dict(python=platform.python_version(), os=platform.platform(terse=True), versions=versions(),
+               commit=git_commit(), hardware=hardware(), seed=seed,
+               started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **notes)
+    if loaded: out['plugins'] = {relative(path): p.hash for path,p in loaded.items()}
+    return out

@@ -1,4 +1,4 @@
-"""A task in one place: how its rows are found and read, how a row is shown to a model, and how the answer is scored.
+"""What is a task? How its rows are found and read, how a row is shown to a model, and what a score owes.
 
 Docs: https://flow2lab.github.io/flow2lab/tasks.html.md"""
 

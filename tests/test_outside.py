@@ -87,6 +87,8 @@ def test_trained_certified_quantized_named(lab):
     assert m['status']=='ok' and m['certificate']['method']=='olora' and m['certificate']['rank']<=2
     assert m['name']=='micro-my_sums_SFT_OLoRA2_MYNF4_w4_headfp32'
     assert m['metrics']['my_sums/accuracy']['n']==10
+    env = json.loads(next((lab.home/'results'/'runs').glob('*OLoRA2*/env.json')).read_text())
+    assert list(env['plugins'])==['mine.ipynb']
 
 def test_own_backend_shape_and_architecture(lab):
     m = lab('run', 'base=micro', 'backend=my_hf', 'eval=my_sums:10')
