@@ -97,6 +97,8 @@ def test_own_backend_shape_and_architecture(lab):
     rows.write_text(''.join(json.dumps(dict(frage=f'{i}+1?', antwort=str(i+1)))+'\n' for i in range(40)))
     assert lab('data', 'check', rows)['shape']=='frage'
     assert lab('run', 'base=micro', 'task=chat', f'task_args.path={rows}', 'method=lora', 'train.lr=1e-3')['status']=='ok'
+    env = json.loads(next((lab.home/'results'/'runs').glob('micro-base*/env.json')).read_text())
+    assert list(env['plugins'])==['mine.ipynb']          # also where the backend alone is from outside
     assert lab('estimate', 'base=shallow-nano')['parameters']>10_000
     m = lab('run', 'base=shallow-nano', 'task=nano_text', 'train.tokens=4000', 'train.seq_len=128', 'train.loss_on=all',
             'train.batch_tokens=1024')
