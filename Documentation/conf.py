@@ -1,4 +1,4 @@
-"Configuration of the site. flow2lab.site.build_site stages the pages and calls Sphinx with it; see nbs/910_site.ipynb."
+"Configuration of the site: flow2lab.site.build_site stages the pages and calls Sphinx with it, see nbs/910_site.ipynb"
 import re
 from docutils import nodes
 from latex2mathml.converter import convert

@@ -67,7 +67,9 @@ def add(self:Axis,
     if plugin and (taken or theirs not in (None, plugin)): raise _twin(self, name, f, plugin)
     if _of_package(f) and theirs: raise _twin(self, name, f, theirs)
     lacks = [n for n in self.needs if not hasattr(f, n)]
-    if lacks: raise UserError(f'{self.name} "{name}" has no {lacks[0]}. Give it one: @{self.name}({lacks[0]}=..., ...).')
+    if lacks:
+        raise UserError(f'{self.name} "{name}" has no {lacks[0]}. '
+                        f'Give it one: @{self.name}({lacks[0]}=..., ...).')
     if plugin: self.plugins[name] = plugin
     if not (plugin and _interactive(self.entries.get(name))): self.entries[name] = f
     return f

@@ -38,7 +38,8 @@ def _split_mixed(t,        # (b, l, d + 2gn) behind the convolution
 
 # %% ../nbs/340_blocks.ipynb #505244b5
 class _Block(torch.autograd.Function):
-    "Gate, x, B, C and dt side by side in `proj` (b, l, 2d + 2gn + h), p channels to a head → the normed output (b, l, d)"
+    """Gate, x, B, C and dt side by side in `proj` (b, l, 2d + 2gn + h), p channels to a head
+    → the normed output (b, l, d)"""
     @staticmethod
     def forward(ctx, kernel, proj, w, bias, dt_bias, A, D, norm, eps, g, p, limit, reset, back):
         proj, d, h = proj.contiguous(), len(norm), len(D)

@@ -153,8 +153,8 @@ def run_and_record(s,             # A Spec
     r = sweep([s], study, force=force)[0]
     if r.status not in DONE: raise UserError(f'{s.name}: {r.status}. {r.message}')
     m = json.loads((Path(r.folder)/'metrics.json').read_text())
-    lines = [f'{m["name"]}  {m["status"]}  {relative(r.folder)}', *_certified(m['certificate']), metrics_text(m['metrics'])]
-    return Result(m, '\n'.join(lines))
+    first = f'{m["name"]}  {m["status"]}  {relative(r.folder)}'
+    return Result(m, '\n'.join([first, *_certified(m['certificate']), metrics_text(m['metrics'])]))
 
 # %% ../nbs/900_cli.ipynb #25b3d6fe
 @command
@@ -618,7 +618,7 @@ def _version():
     return __version__
 
 def main(argv=None):   # Words behind `flow2lab`; those of this process if None
-    "The command line; returns the exit code: 0, 2 for a user's mistake, 130 for ctrl-C. Other errors are ours and raise"
+    "The command line; returns the exit code: 0, 2 for a user's mistake, 130 for ctrl-C. Other errors raise"
     argv = sys.argv[1:] if argv is None else [*argv]
     name = argv[0] if argv else '--help'
     if name in ('-h', '--help', 'help', '-V', '--version'):

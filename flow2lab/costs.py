@@ -159,7 +159,8 @@ def _ffn(c, # Configuration
     if c.model_type in getattr(family(c.model_type), 'pure', ()): return none
     experts = first_field(c, 'num_experts', 'num_local_experts', 'n_routed_experts')
     dense = first_field(c, 'intermediate_size', default=8*c.hidden_size//3)          # GPT-2's 8d², as a gate's
-    if not experts or not _is_routed(c, i): return dict(none, dense=first_field(c, 'shared_intermediate_size') or dense)
+    if not experts or not _is_routed(c, i):
+        return dict(none, dense=first_field(c, 'shared_intermediate_size') or dense)
     width = first_field(c, 'moe_intermediate_size', default=dense)
     shared = first_field(c, 'shared_expert_intermediate_size', 'shared_intermediate_size')
     return dict(dense=shared or first_field(c, 'n_shared_experts')*width, experts=experts,

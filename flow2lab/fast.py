@@ -140,7 +140,8 @@ def _fits_onednn(x, w, b): # Arguments of F.linear
     "Whether this product is one that oneDNN computes faster"
     plain = type(x) is torch.Tensor and type(w) in (torch.Tensor, torch.nn.Parameter)
     return (plain and x.dtype==w.dtype==torch.float32 and x.numel()>=8*x.shape[-1]
-            and w.dim()==2 and w.numel() and w.is_contiguous() and (b is None or b.is_contiguous() and b.shape==w.shape[:1])
+            and w.dim()==2 and w.numel() and w.is_contiguous()
+            and (b is None or b.is_contiguous() and b.shape==w.shape[:1])
             and x.is_cpu and not torch.is_autocast_enabled('cpu'))
 
 # %% ../nbs/350_fast.ipynb #8eb4eba1

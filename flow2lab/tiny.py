@@ -115,7 +115,7 @@ def tiny_spec(method_name='lora',    # Entry of the axis `method`
 
 # %% ../nbs/300_tiny.ipynb #e658ff88
 @contextlib.contextmanager
-def settings_for_now(**settings):    # e.g. results='/tmp/x', outputs='/tmp/y'
+def settings_for_now(**settings):    # By name, e.g. results=folder, outputs=folder/'out'
     "Other values of flow2lab's settings inside the block; afterwards those from before"
     new = {f'FLOW2LAB_{k.upper()}': str(v) for k,v in settings.items()}
     old = {k: os.environ.get(k) for k in new}

@@ -223,7 +223,8 @@ def test_memory_does_not_grow(web, tmp_path):
     def command(how, src, out):
         c = str(tmp_path/f'c{out}')
         if how=='prepare': return [*BIG, 'corpus', 'prepare', str(src), '--out', c, '--language', 'any']
-        return [*BIG, 'pack', c, '--tokenizer', str(tmp_path/'tok'), '--out', str(tmp_path/f'{how}{out}'), '--how', how]
+        to = str(tmp_path/f'{how}{out}')
+        return [*BIG, 'pack', c, '--tokenizer', str(tmp_path/'tok'), '--out', to, '--how', how]
     grown = {how: peak(command(how, big, 'big'))-peak(command(how, web, 'small'))
              for how in ('prepare', 'contiguous', 'first_fit')}
     print({k: f'{v/1e6:.0f} MB' for k,v in grown.items()})

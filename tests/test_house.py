@@ -25,7 +25,8 @@ def test_imports_go_to_lower_numbers():
 
 def test_an_import_upwards_is_found(tmp_path):
     "The test above can fail: also for an import inside a function"
-    (tmp_path/'a.py').write_text('def f():\n    from flow2lab.cli import main\n    from . import sweep\n    import flow2lab.site\n')
+    code = 'def f():\n    from flow2lab.cli import main\n    from . import sweep\n    import flow2lab.site\n'
+    (tmp_path/'a.py').write_text(code)
     assert sorted(imported(tmp_path/'a.py'))==[('cli', 2), ('site', 4), ('sweep', 3)]
 
 @pytest.mark.parametrize('name', ROOMS)
@@ -39,7 +40,7 @@ def test_a_room_says_what_it_answers(name):
     assert [c[:60] for c in code if re.search(r'^#\| export', c, re.M) and c.count('\n')>60]==[]
 
 def unexplained(f):
-    "Parameters of `f` without a comment on their line or the line above; several may share a line, as in `B, C,  # (b, l, n)`"
+    "Parameters of `f` without a comment on their line or the line above; several may share a line"
     lines, start = inspect.getsourcelines(f)
     node = ast.parse(textwrap.dedent(''.join(lines))).body[0]
     args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

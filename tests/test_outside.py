@@ -15,7 +15,8 @@ from flow2lab.methods import lora
 def olora(r:int=8, alpha:float=16, targets='all-linear'):
     "LoRA whose factors start orthonormal: r (in + out) per layer"
     from peft import LoraConfig
-    return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, init_lora_weights='olora', task_type='CAUSAL_LM')''',
+    return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, init_lora_weights='olora',
+                      task_type='CAUSAL_LM')''',
     '''from flow2lab.nano import nano_math
 
 @task
@@ -31,17 +32,20 @@ class smoothed(labels):
     '''from flow2lab.names import QuantizationSpec
 from flow2lab.quantize import mark_quantized, nf4
 
-@quantizer(usual=QuantizationSpec('MYNF4', weights=4, group=64, format='nf4'), trains=True, saves=True, library='bitsandbytes')
+@quantizer(usual=QuantizationSpec('MYNF4', weights=4, group=64, format='nf4'),
+           trains=True, saves=True, library='bitsandbytes')
 def my_nf4(model, calibration=None, /, head:str='fp32'):
     "NF4 under a name of my own"
     return mark_quantized(nf4(model, head=head), 'my_nf4', dict(head=head))''',
-    '''@arch(sizes=dict(nano=dict(d=64, layers=2)), rates=dict(nano=2e-3), mixers=('attention',), model_types=('llama',))
+    '''@arch(sizes=dict(nano=dict(d=64, layers=2)), rates=dict(nano=2e-3), mixers=('attention',),
+      model_types=('llama',))
 def shallow(size:str='nano', vocab:int=0, context:int=0):
     "Two layers of Llama"
     from transformers import LlamaConfig
     s = shallow.sizes[size]
-    return LlamaConfig(vocab_size=vocab or 512, hidden_size=s['d'], num_hidden_layers=s['layers'], num_attention_heads=2,
-                       num_key_value_heads=2, intermediate_size=128, max_position_embeddings=context or 512,
+    return LlamaConfig(vocab_size=vocab or 512, hidden_size=s['d'], num_hidden_layers=s['layers'],
+                       num_attention_heads=2, num_key_value_heads=2, intermediate_size=128,
+                       max_position_embeddings=context or 512,
                        bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)''',
     '''from flow2lab.hf import hf
 
@@ -60,14 +64,17 @@ def lab(tmp_path_factory):
     "A notebook of a user's, and the command line with it"
     home = tmp_path_factory.mktemp('mine')
     def write(cells):
-        code = [dict(cell_type='code', metadata={}, outputs=[], execution_count=None, source='#| export\n'+c) for c in cells]
+        def cell(source): return dict(cell_type='code', metadata={}, outputs=[], execution_count=None, source=source)
+        code = [cell('#| export\n'+c) for c in cells]
         prose = dict(cell_type='markdown', metadata={}, source='# Mine')
-        scratch = dict(cell_type='code', metadata={}, outputs=[], execution_count=None, source='raise ValueError("not exported")')
-        (home/'mine.ipynb').write_text(json.dumps(dict(cells=[prose, scratch, *code], metadata={}, nbformat=4, nbformat_minor=5)))
+        cells = [prose, cell('raise ValueError("not exported")'), *code]
+        nb = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
+        (home/'mine.ipynb').write_text(json.dumps(nb))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'FLOW2LAB_PLUGINS': str(home/'mine.ipynb'),
            'FLOW2LAB_RESULTS': str(home/'results'), 'FLOW2LAB_OUTPUTS': str(home/'outputs')}
     def python(code, *args):
-        return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env=env)
+        cmd = [sys.executable, '-c', code, *map(str, args)]
+        return subprocess.run(cmd, capture_output=True, text=True, cwd=ROOT, env=env)
     def cli(*args):
         r = python('import sys; from flow2lab.cli import main; sys.exit(main())', *args, '--json')
         assert r.returncode==0, r.stderr[-1500:]
@@ -96,12 +103,13 @@ def test_own_backend_shape_and_architecture(lab):
     rows = lab.home/'rows.jsonl'
     rows.write_text(''.join(json.dumps(dict(frage=f'{i}+1?', antwort=str(i+1)))+'\n' for i in range(40)))
     assert lab('data', 'check', rows)['shape']=='frage'
-    assert lab('run', 'base=micro', 'task=chat', f'task_args.path={rows}', 'method=lora', 'train.lr=1e-3')['status']=='ok'
+    m = lab('run', 'base=micro', 'task=chat', f'task_args.path={rows}', 'method=lora', 'train.lr=1e-3')
+    assert m['status']=='ok'
     env = json.loads(next((lab.home/'results'/'runs').glob('micro-base*/env.json')).read_text())
     assert list(env['plugins'])==['mine.ipynb']          # also where the backend alone is from outside
     assert lab('estimate', 'base=shallow-nano')['parameters']>10_000
-    m = lab('run', 'base=shallow-nano', 'task=nano_text', 'train.tokens=4000', 'train.seq_len=128', 'train.loss_on=all',
-            'train.batch_tokens=1024')
+    m = lab('run', 'base=shallow-nano', 'task=nano_text', 'train.tokens=4000', 'train.seq_len=128',
+            'train.loss_on=all', 'train.batch_tokens=1024')
     assert m['status']=='ok' and m['name'].startswith('shallow-nano-nano_text_PT')
 
 def test_in_tables_rates_and_the_site(lab):
@@ -130,4 +138,5 @@ def test_a_mistake_in_it_is_named(lab):
     lab.write([*CELLS, 'x = 1\ny = x/0'])
     r = lab.python('import sys; from flow2lab.cli import main; sys.exit(main())', 'list', 'method')
     lab.write(CELLS)
-    assert r.returncode==2 and 'Traceback' not in r.stderr and 'mine.ipynb' in r.stderr and 'division by zero' in r.stderr
+    assert r.returncode==2 and 'Traceback' not in r.stderr
+    assert 'mine.ipynb' in r.stderr and 'division by zero' in r.stderr
