@@ -113,7 +113,7 @@ def test_own_backend_shape_and_architecture(lab):
     assert m['status']=='ok' and m['name'].startswith('shallow-nano-nano_text_PT')
 
 def test_in_tables_rates_and_the_site(lab):
-    "compare, the rates of a scale, the table of quantizers and methods, the page of axes"
+    "compare, the rates of a scale, the page of axes"
     names = [r['name'] for r in lab('compare', lab.home/'results'/'runs', '--metric', 'my_sums/accuracy')['rows']]
     assert any('OLoRA2' in n for n in names)
     code = ('from flow2lab.scales import scale_of, trained_spec; s = trained_spec(scale_of("nano"), "olora"); '
